@@ -1,0 +1,464 @@
+"""CLIP: an image encoder and a text encoder that meet in one embedding space.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
+Classes, attributes and state-dict keys carry the names of OpenAI's package, so weights made for it
+fit here. Shapes: B batch, n sequence length, D joint embedding, H x W pixels, h x w grid. Sequences
+are batch-first, B x n x width.
+"""
+
+import math
+import re
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ---- Layers ------------------------------------------------------------------------------------
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 whatever the input's type, which the output keeps."""
+
+    def forward(self, x):
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation of GELU with which OpenAI trained CLIP."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the parameters are named as in nn.MultiheadAttention.
+
+    The rows of `in_proj_weight` (3 width x width) are the query, key and value projections.
+    """
+
+    def __init__(self, width, heads, causal=False):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} attention heads do not divide a width of {width}")
+        self.num_heads = heads
+        self.causal = causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def project(self, x):
+        """B x n x width -> queries, keys, values, each B x heads x n x (width / heads)."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return tuple(split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
+
+    def forward(self, x):
+        """B x n x width -> B x n x width. Causal: position i sees positions 0 ... i."""
+        return self.mix(*self.project(x))
+
+    def mix(self, query, key, value):
+        """What `project` returns -> B x n x width: attention over the keys, heads joined."""
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.out_proj(merge_heads(mixed))
+
+
+def split_heads(x, heads):
+    """B x n x width -> B x heads x n x (width / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x):
+    """B x heads x n x (width / heads) -> B x n x width."""
+    return x.transpose(1, 2).flatten(2)
+
+
+# ---- Transformer -------------------------------------------------------------------------------
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block: x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, width, heads, causal=False, activation="quick_gelu"):
+        super().__init__()
+        self.attn = Attention(width, heads, causal)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width),
+            gelu=ACTIVATIONS[activation](),
+            c_proj=nn.Linear(4 * width, width),
+        ))
+        self.ln_2 = LayerNorm(width)
+
+    def attention(self, x):
+        """Attention alone, of an already normalised x: B x n x width -> the same."""
+        return self.attn(x)
+
+    def forward(self, x):
+        """B x n x width -> B x n x width."""
+        x = x + self.attention(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of residual attention blocks on B x n x width."""
+
+    def __init__(self, width, layers, heads, causal=False, activation="quick_gelu"):
+        super().__init__()
+        self.width = width
+        self.layers = layers
+        self.resblocks = nn.Sequential(*(
+            ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers)
+        ))
+        self.initialise()
+
+    def initialise(self):
+        """The normal initialisation of GPT-2: what is added to the residual shrinks with depth."""
+        inner = self.width ** -0.5
+        residual = inner * (2 * self.layers) ** -0.5
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=inner)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
+
+    def forward(self, x):
+        return self.resblocks(x)
+
+
+class VisionTransformer(nn.Module):
+    """ViT: a class token and patches through a transformer; the token gives the image feature."""
+
+    def __init__(self, input_resolution, patch_size, width, layers, heads, output_dim,
+                 activation="quick_gelu"):
+        super().__init__()
+        self.input_resolution = input_resolution
+        self.output_dim = output_dim
+        patches = (input_resolution // patch_size) ** 2
+        scale = width ** -0.5
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, activation=activation)
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+
+    def forward(self, image):
+        """B x 3 x R x R, R being `input_resolution` -> B x D."""
+        x = self.conv1(image).flatten(2).transpose(1, 2)             # B x hw x width
+        token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([token, x], dim=1) + self.positional_embedding.to(x.dtype)
+        x = self.transformer(self.ln_pre(x))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+# ---- ResNet ------------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and a shortcut; a stride is an average pooling, here and there."""
+
+    expansion = 4
+
+    def __init__(self, inplanes, planes, stride=1):
+        super().__init__()
+        outplanes = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outplanes)
+        self.relu3 = nn.ReLU(inplace=True)
+        nn.init.zeros_(self.bn3.weight)      # every block starts as its shortcut
+
+        self.downsample = None
+        if stride > 1 or inplanes != outplanes:
+            self.downsample = nn.Sequential(OrderedDict([
+                ("-1", nn.AvgPool2d(stride)),
+                ("0", nn.Conv2d(inplanes, outplanes, 1, bias=False)),
+                ("1", nn.BatchNorm2d(outplanes)),
+            ]))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(self.avgpool(x)))
+        return self.relu3(x + shortcut)
+
+
+class AttentionPool2d(nn.Module):
+    """Pooling by attention: the query is the mean of all positions, keys are mean and positions."""
+
+    def __init__(self, grid, width, heads, output_dim):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} attention heads do not divide a width of {width}")
+        self.num_heads = heads
+        std = width ** -0.5
+        self.positional_embedding = nn.Parameter(std * torch.randn(grid ** 2 + 1, width))
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, output_dim)
+        for projection in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(projection.weight, std=std)
+
+    def forward(self, x):
+        """B x width x h x w -> B x D."""
+        x = x.flatten(2).transpose(1, 2)                             # B x hw x width
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+        x = x + self.positional_embedding.to(x.dtype)
+        pooled = F.scaled_dot_product_attention(
+            split_heads(self.q_proj(x[:, :1]), self.num_heads),
+            split_heads(self.k_proj(x), self.num_heads),
+            split_heads(self.v_proj(x), self.num_heads),
+        )
+        return self.c_proj(merge_heads(pooled)).squeeze(1)
+
+
+class ModifiedResNet(nn.Module):
+    """ResNet with a stem of three convolutions, antialiased strides and attention pooling."""
+
+    def __init__(self, layers, output_dim, heads, input_resolution=224, width=64):
+        super().__init__()
+        self.input_resolution = input_resolution
+        self.output_dim = output_dim
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.avgpool = nn.AvgPool2d(2)
+
+        self.layer1 = make_stage(width, width, layers[0])
+        self.layer2 = make_stage(4 * width, 2 * width, layers[1], stride=2)
+        self.layer3 = make_stage(8 * width, 4 * width, layers[2], stride=2)
+        self.layer4 = make_stage(16 * width, 8 * width, layers[3], stride=2)
+        self.attnpool = AttentionPool2d(input_resolution // 32, 32 * width, heads, output_dim)
+
+    def forward(self, image):
+        """B x 3 x R x R, R being `input_resolution` -> B x D."""
+        x = self.relu1(self.bn1(self.conv1(image)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.avgpool(self.relu3(self.bn3(self.conv3(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.attnpool(x)
+
+
+def make_stage(inplanes, planes, blocks, stride=1):
+    """A ResNet stage; only its first block strides and changes the number of channels."""
+    rest = (Bottleneck(Bottleneck.expansion * planes, planes) for _ in range(blocks - 1))
+    return nn.Sequential(Bottleneck(inplanes, planes, stride), *rest)
+
+
+# ---- CLIP --------------------------------------------------------------------------------------
+
+
+class CLIP(nn.Module):
+    """Both encoders.
+
+    vision_layers: a number of blocks makes a VisionTransformer, four numbers a ModifiedResNet
+    (then `vision_patch_size` is None). activation: "quick_gelu" or "gelu", for the transformers of
+    both encoders. vision_heads: None for one head per 64 channels.
+    """
+
+    def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
+                 context_length, vocab_size, transformer_width, transformer_heads,
+                 transformer_layers, vision_heads=None, activation="quick_gelu"):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r}: expected one of {list(ACTIVATIONS)}")
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        if isinstance(vision_layers, int):
+            self.visual = VisionTransformer(
+                image_resolution, vision_patch_size, vision_width, vision_layers,
+                vision_heads or default_heads(vision_width), embed_dim, activation)
+        else:
+            self.visual = ModifiedResNet(
+                vision_layers, embed_dim, vision_heads or default_heads(32 * vision_width),
+                image_resolution, vision_width)
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads,
+                                       causal=True, activation=activation)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=transformer_width ** -0.5)
+
+    @property
+    def dtype(self):
+        """The type that the encoders compute in."""
+        return self.visual.conv1.weight.dtype
+
+    def encode_image(self, image):
+        """Preprocessed images, B x 3 x R x R -> features, B x D, not normalised."""
+        return self.visual(image.to(self.dtype))
+
+    def encode_text(self, text):
+        """Token ids, B x n -> features, B x D, not normalised, taken at each row's end token.
+
+        Attention is causal, so what follows the end token changes nothing: n may be anything up to
+        `context_length` that holds it. ValueError where n is larger.
+        """
+        n = text.shape[1]
+        if n > self.context_length:
+            raise ValueError(f"{n} tokens per text; this CLIP reads at most {self.context_length}")
+        x = self.token_embedding(text).to(self.dtype)                # B x n x width
+        x = x + self.positional_embedding[:n].to(self.dtype)
+        x = self.ln_final(self.transformer(x))
+        end = text.argmax(dim=-1)            # the end token has the largest id of the vocabulary
+        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
+
+    def forward(self, image, text):
+        """Images B x 3 x R x R and tokens T x n -> cosine similarities times exp(logit_scale):
+        logits_per_image, B x T, and its transpose, logits_per_text.
+        """
+        image_features = F.normalize(self.encode_image(image), dim=-1)
+        text_features = F.normalize(self.encode_text(text), dim=-1)
+        logits_per_image = self.logit_scale.exp() * image_features @ text_features.t()
+        return logits_per_image, logits_per_image.t()
+
+
+def default_heads(width):
+    """One attention head per 64 channels, in every CLIP of OpenAI's."""
+    return max(1, width // 64)
+
+
+def convert_weights(model):
+    """Turns, in place, what multiplies activations (convolutions, projections) into float16.
+
+    Norms, embeddings and the logit scale stay in float32, as in OpenAI's package.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            halve(module, "weight", "bias")
+        elif isinstance(module, Attention):
+            halve(module, "in_proj_weight", "in_proj_bias")
+        elif isinstance(module, VisionTransformer):
+            halve(module, "proj")
+        elif isinstance(module, CLIP):
+            halve(module, "text_projection")
+
+
+def halve(module, *names):
+    """Makes the named parameters of a module float16; a bias may be None."""
+    for name in names:
+        parameter = getattr(module, name)
+        if parameter is not None:
+            parameter.data = parameter.data.half()
+
+
+# ---- From a state dict -------------------------------------------------------------------------
+
+
+def build_model(state_dict, vision_heads=None, text_heads=None, activation="quick_gelu"):
+    """A CLIP in float32 and eval mode, its sizes read off the shapes in `state_dict`.
+
+    state_dict: names -> tensors, laid out as by OpenAI's or open_clip's models of OpenAI's
+    architectures; a `module.` before every name is ignored. It is copied, not kept.
+    vision_heads, text_heads: attention heads, which no shape tells. Default: the 0-dim tensors
+    `vision_heads` and `text_heads` of the state dict where it has them, else one per 64 channels.
+    activation: "quick_gelu" (OpenAI's weights) or "gelu"; a state dict does not say which.
+
+    ValueError: names are missing, left over or of the wrong shape, or heads do not divide a width.
+    """
+    state = clean_state_dict(state_dict)
+    stored_vision, stored_text = state.pop("vision_heads", None), state.pop("text_heads", None)
+    sizes = infer_sizes(state)
+    sizes["vision_heads"] = vision_heads or (stored_vision and int(stored_vision))
+    sizes["transformer_heads"] = (text_heads or (stored_text and int(stored_text))
+                                  or default_heads(sizes["transformer_width"]))
+    with torch.device("meta"):               # no memory and no random numbers for nothing
+        model = CLIP(**sizes, activation=activation)
+    check_state_dict(state, model.state_dict())
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def clean_state_dict(state_dict):
+    """A float32 copy without `module.` prefixes and without entries that are not weights."""
+    not_weights = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
+    state = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    return {
+        name: value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value
+        for name, value in state.items() if name.rpartition(".")[2] not in not_weights
+    }
+
+
+def infer_sizes(state):
+    """The arguments of CLIP, but heads and activation, from the shapes in a state dict."""
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    try:
+        vision = infer_vit(shapes) if "visual.proj" in shapes else infer_resnet(shapes)
+        context_length, transformer_width = shapes["positional_embedding"]
+        return vision | dict(
+            embed_dim=shapes["text_projection"][1],
+            context_length=context_length,
+            vocab_size=shapes["token_embedding.weight"][0],
+            transformer_width=transformer_width,
+            transformer_layers=count_blocks(shapes, "transformer.resblocks"),
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        some = ", ".join(list(shapes)[:3]) or "nothing"
+        raise ValueError(
+            f"not a CLIP state dict: cannot read {error} from it; expected the names of OpenAI's "
+            f"CLIP (visual.conv1.weight, token_embedding.weight, ...), found {some}") from None
+
+
+def infer_vit(shapes):
+    width, _, _, patch = shapes["visual.conv1.weight"]
+    grid = math.isqrt(shapes["visual.positional_embedding"][0] - 1)
+    return dict(image_resolution=grid * patch, vision_width=width, vision_patch_size=patch,
+                vision_layers=count_blocks(shapes, "visual.transformer.resblocks"))
+
+
+def infer_resnet(shapes):
+    grid = math.isqrt(shapes["visual.attnpool.positional_embedding"][0] - 1)
+    return dict(image_resolution=32 * grid, vision_width=shapes["visual.conv3.weight"][0],
+                vision_patch_size=None,
+                vision_layers=[count_blocks(shapes, f"visual.layer{i}") for i in (1, 2, 3, 4)])
+
+
+def count_blocks(names, prefix):
+    """How many different numbers follow `prefix.` in the names; KeyError where none does."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    blocks = {match[1] for match in map(pattern.match, names) if match}
+    if not blocks:
+        raise KeyError(f"{prefix}.0")
+    return len(blocks)
+
+
+def check_state_dict(state, expected):
+    """ValueError naming the first few entries of `state` that do not fit `expected`."""
+    missing = [name for name in expected
+               if name not in state and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in state if name not in expected]
+    misshapen = [f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+                 for name, value in expected.items()
+                 if name in state and state[name].shape != value.shape]
+    faults = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+              for kind, names in [("missing", missing), ("left over", unknown),
+                                  ("of another shape", misshapen)] if names]
+    if faults:
+        raise ValueError("not a CLIP state dict: " + ", ".join(faults) + "; expected the "
+                         f"{len(expected)} entries of a CLIP of OpenAI's architecture")

@@ -1,0 +1,164 @@
+"""Pre-train the demo's tiny CLIP on image–caption pairs: python -m clip.pretrain
+
+The pairs imitate what CLIP learned from: pictures whose habits differ from those of the data to be
+segmented (data.py, WEB), each with a caption that names most of what is in it. No mask is ever
+seen. The result, clip/shapes-tiny.pt.gz, is an ordinary CLIP state dict (vision and text
+transformer, token table, logit scale) that `clip.load("shapes-tiny")` reads.
+"""
+
+import argparse
+import gzip
+import io
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import clip
+from clip.model import CLIP
+from data import CLIP_MEAN, CLIP_STD, COLOURS, SHAPES, TEMPLATES, WEB, draw_seed, draw_shapes
+
+ARCHITECTURE = dict(embed_dim=64, image_resolution=48, vision_layers=3, vision_width=96,
+                    vision_patch_size=8, vision_heads=3, context_length=77, vocab_size=49408,
+                    transformer_width=64, transformer_heads=2, transformer_layers=2)
+
+
+def web_captions(seeds, classes, colours, backgrounds):
+    """One caption per image: mostly the objects, now and then a colour or the background.
+
+    seeds: list of B ints; classes, colours: int64 B×objects (-1 = no object); backgrounds: int64 B.
+    """
+    names, hues, captions = list(SHAPES), list(COLOURS), []
+    for seed, present, paints, behind in zip(seeds, classes, colours, backgrounds):
+        generator = torch.Generator().manual_seed(draw_seed(seed, "caption"))
+        chance = iter(torch.rand(2 * len(present) + 2, generator=generator).tolist())
+        objects = []
+        for j, (k, paint) in enumerate(zip(present.tolist(), paints.tolist())):
+            left_out, coloured = next(chance) < 0.2, next(chance) < 0.25
+            if k >= 0 and not (j and left_out):
+                objects.append(f"{hues[paint]} {names[k]}" if coloured else names[k])
+        phrase = " and a ".join(dict.fromkeys(objects))
+        if next(chance) < 0.1:
+            phrase += f" on a {hues[behind]} background"
+        captions.append(TEMPLATES[int(next(chance) * len(TEMPLATES))].format(phrase))
+    return captions
+
+
+def encode_half(visual, images, generator):
+    """visual(images) from a random half of the patches (FLIP, Li et al., CVPR 2023).
+
+    Twice as fast, and it keeps a small encoder from reading the whole picture off a few patches.
+    images: B×3×H×W, normalised; returns B×D.
+    """
+    x = visual.conv1(images).flatten(2).mT + visual.positional_embedding[1:]
+    b, n, width = x.shape
+    kept = torch.rand(b, n, generator=generator).argsort(1)[:, : n // 2, None]
+    x = x.gather(1, kept.expand(-1, -1, width))
+    first = (visual.class_embedding + visual.positional_embedding[0]).expand(b, 1, -1)
+    x = visual.transformer(visual.ln_pre(torch.cat([first, x], 1)))
+    return visual.ln_post(x[:, 0]) @ visual.proj
+
+
+@torch.no_grad()
+def zero_shot_accuracy(model, seed=12345, count=2000):
+    """Share of single-object pictures, of seeds never trained on, whose class is ranked first."""
+    model.eval()
+    seeds = [draw_seed(seed, "zero-shot", i) for i in range(count)]
+    images, _, classes, *_ = draw_shapes(seeds, **{**WEB, "objects": 1})
+    words = torch.stack([F.normalize(model.encode_text(clip.tokenize(
+        [template.format(name) for template in TEMPLATES])), dim=-1).mean(0) for name in SHAPES])
+    features = model.encode_image(normalise(images))
+    return (features @ F.normalize(words, dim=-1).T).argmax(1).eq(classes[:, 0]).float().mean().item()
+
+
+def normalise(images):
+    """uint8 B×3×H×W → float32 with CLIP's mean and standard deviation."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    return (images / 255 - mean) / std
+
+
+def save(model, used, path):
+    """Half precision, and only the token rows that training has touched: the rest are zeros."""
+    state = {key: value.half() for key, value in model.state_dict().items()}
+    table = torch.zeros_like(state["token_embedding.weight"])
+    table[used] = state["token_embedding.weight"][used]
+    state["token_embedding.weight"] = table
+    state["vision_heads"] = torch.tensor(ARCHITECTURE["vision_heads"])
+    state["text_heads"] = torch.tensor(ARCHITECTURE["transformer_heads"])
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    temporary = Path(f"{path}.tmp")
+    temporary.write_bytes(gzip.compress(buffer.getvalue(), mtime=0))
+    os.replace(temporary, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default=Path(__file__).with_name("shapes-tiny.pt.gz"))
+    parser.add_argument("--pairs", type=int, default=60_000, help="different image–caption pairs")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    start = time.time()
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    images, captions = [], []
+    for i in range(0, args.pairs, 1000):
+        seeds = [draw_seed(args.seed, "web", j) for j in range(i, min(i + 1000, args.pairs))]
+        pictures, _, classes, colours, backgrounds = draw_shapes(seeds, **WEB)
+        images.append(pictures)
+        captions += web_captions(seeds, classes, colours, backgrounds)
+        print(f"\rdrawing {i + len(seeds)}/{args.pairs} pairs", end="", flush=True)
+    images, tokens = torch.cat(images), clip.tokenize(captions)
+    # Attention is causal, so nothing after the longest caption can matter.
+    tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
+    print(f"\rdrew {args.pairs} pairs in {time.time() - start:.0f} s, e.g. “{captions[0]}”")
+
+    model = CLIP(**ARCHITECTURE)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05),
+                                   dict(params=others, weight_decay=0.0)], lr=args.lr)
+    steps = args.epochs * (args.pairs // args.batch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+
+    step, begin = 0, time.time()
+    for epoch in range(args.epochs):
+        order = torch.randperm(args.pairs, generator=generator)
+        for batch in order[: args.pairs // args.batch * args.batch].split(args.batch):
+            pictures = normalise(images[batch])
+            if torch.rand((), generator=generator) < 0.5:
+                pictures = pictures.flip(-1)
+            z = F.normalize(encode_half(model.visual, pictures, generator), dim=-1)
+            t = F.normalize(model.encode_text(tokens[batch]), dim=-1)
+            logits = model.logit_scale.exp() * z @ t.T
+            target = torch.arange(len(batch))
+            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(100))
+            step += 1
+            if step % 20 == 0 or step == steps:
+                left = (time.time() - begin) / step * (steps - step)
+                print(f"\rstep {step}/{steps}  loss {loss.item():.3f}  scale "
+                      f"{model.logit_scale.exp().item():.1f}  {left:.0f} s left   ", end="", flush=True)
+    # Id 0 is where the learned Reference prompt starts, so its row is kept although unseen.
+    used = torch.cat([tokens.unique().long(), torch.zeros(1).long()]).unique()
+    save(model, used, args.out)
+    model, _ = clip.load(str(args.out), device="cpu")
+    print(f"\nzero-shot accuracy {100 * zero_shot_accuracy(model):.1f} %  "
+          f"({time.time() - start:.0f} s in all) → {args.out}")
+
+
+if __name__ == "__main__":
+    main()

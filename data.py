@@ -1,0 +1,1116 @@
+"""Data: class names, prompts, images and labels of the data sets, and the views to train on.
+
+    python data.py --dataset voc --data-root ~/data             # what is there; a contact sheet
+    python data.py --dataset voc --data-root ~/data --download  # fetch it first (voc and ade)
+    python data.py --dataset context --data-root ~/data --convert ~/data/trainval    # .mat to PNG
+
+The file goes from names to pixels: 1 class names and templates, 2 colours, 3 reading one file,
+4 the data sets, 5 the built-in demo, 6 views, 7 getting the data, 8 the command above.
+
+Images are uint8 tensors 3×H×W (RGB). Labels are int64 tensors H×W holding class indices 0…C-1, and
+VOID where a pixel has no class or counts for nothing. Only `SegmentationData.label` opens a label
+file; training never calls it.
+"""
+
+import argparse
+import functools
+import hashlib
+import http.client
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.transforms.v2 import functional as TF
+
+from clip.clip import CLIP_MEAN, CLIP_STD
+
+VOID = 255  # in every label map: no class here; never counted
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message says what is wrong, where, and what to do instead.
+
+    `clean_exit` turns it into one line on stderr and exit code 2.
+    """
+
+
+def clean_exit(main):
+    """Decorator for every script's main(): a UserError becomes one line on stderr, exit code 2."""
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            # From a DataLoader's worker the error arrives with its traceback as text in front:
+            # our own message is what follows the last "UserError: ".
+            line = " ".join(str(error).split("UserError: ")[-1].split())
+            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapper
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Class names and prompt templates
+#
+# In the order of the labels and in the wording of the authors of ReCLIP: CLIP sees these words, so
+# they are part of the method.
+
+VOC = """airplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse,
+motorbike, person, potted plant, sheep, sofa, train, tv monitor"""
+
+CONTEXT = """airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building,
+bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence,
+floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person,
+plate, platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table,
+track, train, tree, truck, tv monitor, wall, water, window, wood"""
+
+CITYSCAPES = """road, sidewalk, building, wall, fence, pole, traffic light, traffic sign,
+vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle"""
+
+ADE = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
+person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
+house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing,
+cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
+refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
+river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove,
+palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
+truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track,
+apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
+fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall,
+tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
+bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
+ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
+flag"""
+
+# COCO-Stuff's 27 coarse classes, each with the fine ids (0–181, the values in `stuffthingmaps`)
+# that make it up.
+STUFF = {
+    "electronic": "71-76", "appliance": "77-82", "food things": "51-60",
+    "furniture things": "61-70", "indoor": "83-90", "kitchen": "43-50", "accessory": "25-32",
+    "animal": "15-24", "outdoor": "9-14", "person": "0", "sports": "33-42", "vehicle": "1-8",
+    "ceiling": "101-102", "floor": "100 113-117", "food stuff": "120-121 152 169",
+    "furniture stuff": "97 106-107 109 111 122 129 132 155 160 164",
+    "raw material": "99 131 138 142", "textile": "91-92 103-104 108 130 136 140 151 166-167",
+    "wall": "170-176", "window": "179-180", "building": "94-95 127 150 157 165",
+    "ground": "110 124-125 135 139 143-144 146 148 153 158",
+    "plant": "93 96 118 123 128 133 141 162 168", "sky": "105 156",
+    "solid": "126 134 149 159 161 181", "structural": "98 112 137 145 163",
+    "water": "119 147 154 177-178",
+}
+
+CLASSES = {name: [c.strip() for c in text.replace("\n", " ").split(",")] for name, text in (
+    ("voc", VOC), ("context", CONTEXT), ("ade", ADE), ("cityscapes", CITYSCAPES))}
+CLASSES["stuff"] = list(STUFF)
+
+DATASETS = ("shapes", "voc", "context", "ade", "cityscapes", "stuff", "folder")
+
+# The 80 ImageNet templates of OpenAI's CLIP, in their order, then the five "in the scene".
+TEMPLATES = [line.strip() for line in """
+    a bad photo of a {}. | a photo of many {}. | a sculpture of a {}. |
+    a photo of the hard to see {}. | a low resolution photo of the {}. | a rendering of a {}. |
+    graffiti of a {}. | a bad photo of the {}. | a cropped photo of the {}. | a tattoo of a {}. |
+    the embroidered {}. | a photo of a hard to see {}. | a bright photo of a {}. |
+    a photo of a clean {}. | a photo of a dirty {}. | a dark photo of the {}. | a drawing of a {}. |
+    a photo of my {}. | the plastic {}. | a photo of the cool {}. | a close-up photo of a {}. |
+    a black and white photo of the {}. | a painting of the {}. | a painting of a {}. |
+    a pixelated photo of the {}. | a sculpture of the {}. | a bright photo of the {}. |
+    a cropped photo of a {}. | a plastic {}. | a photo of the dirty {}. |
+    a jpeg corrupted photo of a {}. | a blurry photo of the {}. | a photo of the {}. |
+    a good photo of the {}. | a rendering of the {}. | a {} in a video game. | a photo of one {}. |
+    a doodle of a {}. | a close-up photo of the {}. | a photo of a {}. | the origami {}. |
+    the {} in a video game. | a sketch of a {}. | a doodle of the {}. | a origami {}. |
+    a low resolution photo of a {}. | the toy {}. | a rendition of the {}. |
+    a photo of the clean {}. | a photo of a large {}. | a rendition of a {}. |
+    a photo of a nice {}. | a photo of a weird {}. | a blurry photo of a {}. | a cartoon {}. |
+    art of a {}. | a sketch of the {}. | a embroidered {}. | a pixelated photo of a {}. |
+    itap of the {}. | a jpeg corrupted photo of the {}. | a good photo of a {}. | a plushie {}. |
+    a photo of the nice {}. | a photo of the small {}. | a photo of the weird {}. |
+    the cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the large {}. |
+    a black and white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. |
+    graffiti of the {}. | a toy {}. | itap of my {}. | a photo of a cool {}. |
+    a photo of a small {}. | a tattoo of the {}. |
+    there is a {} in the scene. | there is the {} in the scene. | this is a {} in the scene. |
+    this is the {} in the scene. | this is one {} in the scene.""".split("|")]
+
+
+def parse_classes(text):
+    """The class names of a data set of one's own.
+
+    text: "cat, dog, sofa", or the path of a text file with one name a line ('#' starts a comment).
+    Returns the names in order, inner runs of blanks made one. Raises UserError for a file that
+    cannot be read, an empty list, an empty or repeated name, or more classes than labels can hold.
+    """
+    if os.path.isfile(text):
+        try:
+            lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read class names from {text}: {error}") from None
+        names = [line.split("#")[0] for line in lines]
+        names = [name for name in names if name.strip()]
+        where = f"the file {text}"
+    elif text.endswith(".txt"):
+        raise UserError(f"no file {text}; --classes takes names (\"cat, dog\") or a text file")
+    else:
+        names = text.split(",") if text.strip() else []
+        where = f"--classes \"{text}\""
+    names = [" ".join(name.split()) for name in names]
+    if not names:
+        raise UserError(f"no class names in {where}; expected for example \"cat, dog, sofa\"")
+    if "" in names:
+        raise UserError(f"class name {names.index('') + 1} is empty in {where}")
+    seen = set()
+    for name in names:
+        if name.lower() in seen:
+            raise UserError(f"class name \"{name}\" is repeated in {where}")
+        seen.add(name.lower())
+    if len(names) > VOID:
+        raise UserError(f"{len(names)} classes in {where}; at most {VOID} fit in 8-bit labels")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Colours
+
+
+def palette(num_classes):
+    """uint8 C×3: class k gets colour k+1 of the PASCAL VOC map (colour 0, black, is background).
+
+    The VOC map deals the bits of the index to R, G, B in turn, from the highest bit of each down.
+    """
+    colours = torch.zeros(num_classes, 3, dtype=torch.uint8)
+    for k in range(num_classes):
+        index = k + 1
+        for bit in range(7, -1, -1):
+            for channel in range(3):
+                colours[k, channel] |= (index >> channel & 1) << bit
+            index >>= 3
+    return colours
+
+
+CITYSCAPES_PALETTE = torch.tensor([  # the official colours, in the order of the train ids
+    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+    (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
+    (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+    (0, 80, 100), (0, 0, 230), (119, 11, 32)], dtype=torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Reading one file
+
+
+def _load(path, what, load):
+    """load(opened PIL image), with every way in which a file can be broken made a UserError."""
+    try:
+        with Image.open(path) as image:
+            return load(image)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"no {what} {path}") from None
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
+        raise UserError(f"cannot read {what} {path}: {error}; is it damaged?") from None
+
+
+def read_image(path):
+    """Read any photograph as uint8 3×H×W, RGB.
+
+    EXIF orientation is applied; grey, palette and CMYK images become RGB; transparent ones are laid
+    on white; of 16-bit grey values the high byte is kept. Raises UserError, naming the file, if it
+    is missing, truncated, empty or no image.
+    """
+
+    def load(image):
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own convert() would clip at 255
+            values = np.asarray(image).astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise UserError(f"{path} has 32 bits a pixel; convert it to 8 or 16 bits")
+            image = Image.fromarray((values >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            raise UserError(f"{path} holds floating-point pixels; convert it to 8 or 16 bits")
+        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+    return _load(path, "image", load)
+
+
+def image_size(path):
+    """(H, W) as `read_image` will return it, from the file's header alone. Raises UserError."""
+
+    def load(image):
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation by 90°
+        return (width, height) if turned else (height, width)
+
+    return _load(path, "image", load)
+
+
+def read_label(path):
+    """Read a label map as int64 H×W of the values stored in it, palette indices staying indices.
+
+    Raises UserError, naming the file, for an unreadable file or one with colours for values.
+    """
+
+    def load(image):
+        if image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
+            raise UserError(f"label {path} is a {image.mode} picture; expected one channel of "
+                            "class ids (a grey or palette PNG)")
+        return torch.from_numpy(np.array(image).astype(np.int64))
+
+    return _load(path, "label", load)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. The data sets
+#
+# How stored label values become class indices: a table of 256 entries, -1 for a value that must not
+# occur.
+
+
+def _table(mapping):
+    table = torch.full((256,), -1)
+    for raw, index in mapping.items():
+        table[raw] = index
+    table[VOID] = VOID
+    return table
+
+
+def _expand(text):
+    """"97 106-107" -> [97, 106, 107]"""
+    ranges = [part.split("-") for part in text.split()]
+    return [i for r in ranges for i in range(int(r[0]), int(r[-1]) + 1)]
+
+
+def train_ids(num_classes):
+    """Stored as they are: k is class k."""
+    return _table({k: k for k in range(num_classes)})
+
+
+def shifted_ids(num_classes):
+    """0 is background or "other", which counts for nothing; k is class k-1."""
+    return _table({0: VOID, **{k + 1: k for k in range(num_classes)}})
+
+
+CITYSCAPES_IDS = _table({raw: VOID for raw in range(34)} | {raw: k for k, raw in enumerate(
+    [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])})
+
+STUFF_IDS = _table({raw: k for k, ids in enumerate(STUFF.values()) for raw in _expand(ids)})
+
+
+class SegmentationData:
+    """Images, and labels where there are any, of one split of a data set.
+
+    name, split: as in `open_dataset`; classes: C names; palette: uint8 C×3; ids: one per image,
+    unique, in a fixed order; everything stored about an image is keyed by its id.
+
+    image_file: (folder, suffix), image i is folder/ID + suffix.
+    label_files: [(folder, suffix, table)], the label is the first of these files that exists.
+    """
+
+    def __init__(self, name, split, classes, ids, image_file, label_files=(), colours=None):
+        self.name, self.split, self.classes, self.ids = name, split, list(classes), list(ids)
+        self.image_file, self.label_files = image_file, list(label_files)
+        self.palette = palette(len(classes)) if colours is None else colours
+
+    def __len__(self):
+        return len(self.ids)
+
+    def image_path(self, index):
+        folder, suffix = self.image_file
+        return os.path.join(folder, self.ids[index] + suffix)
+
+    def image(self, index):
+        """uint8 3×H×W. Raises UserError for a file that cannot be read."""
+        return read_image(self.image_path(index))
+
+    def size(self, index):
+        """(H, W) of image(index), read from the file's header."""
+        return image_size(self.image_path(index))
+
+    def label_path(self, index):
+        """(path, table) of the label, or None if there is none. Opens nothing."""
+        for folder, suffix, table in self.label_files:
+            path = os.path.join(folder, self.ids[index] + suffix)
+            if os.path.exists(path):
+                return path, table
+        return None
+
+    @functools.cached_property
+    def has_labels(self):
+        """Whether this split can be evaluated. Looks whether the files exist, opens none.
+
+        Raises UserError if some images have labels and others have not.
+        """
+        missing = [i for i in range(len(self)) if self.label_path(i) is None]
+        if missing and len(missing) < len(self):
+            folder, suffix, _ = self.label_files[-1]
+            raise UserError(f"{len(missing)} of {len(self)} labels of {self.name} {self.split} are "
+                            f"missing, the first {os.path.join(folder, self.ids[missing[0]])}"
+                            f"{suffix}; see README, Data sets")
+        return not missing
+
+    def label(self, index):
+        """int64 H×W, values 0…C-1 and VOID. The only place where a label file is opened.
+
+        Raises UserError for a missing or unreadable file, an id that the data set does not have,
+        and a size other than the image's.
+        """
+        found = self.label_path(index)
+        if found is None:
+            expected = " or ".join(os.path.join(folder, self.ids[index]) + suffix
+                                   for folder, suffix, _ in self.label_files)
+            raise UserError(f"no label for image {self.ids[index]} of {self.name}; expected "
+                            f"{expected or 'none: this data set has no labels'}; "
+                            "see README, Data sets")
+        path, table = found
+        raw = read_label(path)
+        (h, w), (height, width) = raw.shape, self.size(index)
+        if (h, w) != (height, width):
+            raise UserError(f"label {path} is {w}×{h} pixels, its image {width}×{height}")
+        label = table[raw.clamp(0, 255)]
+        wrong = (label < 0) | (raw > 255) | (raw < 0)
+        if wrong.any():
+            raise UserError(f"label {path} holds the id {int(raw[wrong][0])}, which {self.name} "
+                            f"({len(self.classes)} classes) does not have; see README, Data sets")
+        return label
+
+
+def _find_tree(name, root, places, probe):
+    """The first of `places` under root that contains the folder `probe`."""
+    if root is None:
+        raise UserError(f"--dataset {name} needs --data-root, the folder that holds it; "
+                        "see README, Data sets")
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"no folder {root}; --data-root is the folder that holds the data set "
+                        f"{name}; see README, Data sets")
+    for place in places:
+        if (root / place / probe).is_dir():
+            return root / place
+    raise UserError(f"no {name} in {root}: expected {root / places[0] / probe}; "
+                    "see README, Data sets")
+
+
+def _read_list(path):
+    """The ids in a split file: the first word of each line."""
+    try:
+        ids = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UserError(f"cannot read the list of images {path}: {reason}; "
+                        "see README, Data sets") from None
+    if len(set(ids)) < len(ids):
+        repeated = next(i for n, i in enumerate(ids) if i in ids[:n])
+        raise UserError(f"{path} lists {repeated} twice")
+    return ids
+
+
+def _list_folder(folder, suffix):
+    """Sorted ids of the files folder/**/ID + suffix, hidden ones left out.
+
+    suffix: one ending, cut off from the ids, or a tuple of endings in lower case, kept in them.
+    """
+    ids = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(parent, name).relative_to(folder).as_posix()
+            if name.startswith("."):
+                continue
+            if isinstance(suffix, str) and name.endswith(suffix):
+                ids.append(path[:-len(suffix)])
+            elif isinstance(suffix, tuple) and name.lower().endswith(suffix):
+                ids.append(path)
+    return sorted(ids)
+
+
+PHOTOS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def open_dataset(name, root=None, split="train", classes=None, seed=0):
+    """One split of a data set as SegmentationData. Opens no image and no label.
+
+    name: one of DATASETS. root: the folder that holds the tree (README, Data sets), or the tree's
+    own top. split: "train" or "val". classes: list of names, for `folder` only. seed: for `shapes`.
+    Raises UserError for a tree that is missing or not as expected, or that has no images.
+    """
+    if name not in DATASETS:
+        raise UserError(f"no data set \"{name}\"; there are {', '.join(DATASETS)}")
+    if split not in ("train", "val"):
+        raise UserError(f"no split \"{split}\"; there are train and val")
+    if classes is not None and name != "folder":
+        raise UserError(f"--classes goes with --dataset folder; {name} has its own class names")
+    if name == "shapes":
+        return Shapes(split, seed)
+    if name == "folder" and classes is None:
+        raise UserError("--dataset folder needs --classes, for example --classes \"cat, dog\"")
+    classes = classes or CLASSES[name]
+    C = len(classes)
+
+    if name in ("voc", "context"):
+        year, lists, labels = {"voc": ("VOC2012", "Segmentation", "SegmentationClass"),
+                               "context": ("VOC2010", "SegmentationContext",
+                                           "SegmentationClassContext")}[name]
+        tree = _find_tree(name, root, (f"VOCdevkit/{year}", year, "."), "JPEGImages")
+        listed = tree / "ImageSets" / lists / f"{split}.txt"
+        ids = _read_list(listed)
+        image_file = (tree / "JPEGImages", ".jpg")
+        label_files = [(tree / labels, ".png", shifted_ids(C))]
+        present = set(os.listdir(tree / "JPEGImages"))
+        missing = [i for i in ids if i + ".jpg" not in present]
+        if missing:
+            raise UserError(f"{len(missing)} of the {len(ids)} images in {listed} are missing, the "
+                            f"first {tree / 'JPEGImages' / missing[0]}.jpg")
+    elif name == "ade":
+        folder = {"train": "training", "val": "validation"}[split]
+        tree = _find_tree(name, root, ("ADEChallengeData2016", "."), f"images/{folder}")
+        image_file = (tree / "images" / folder, ".jpg")
+        ids = _list_folder(*image_file)
+        label_files = [(tree / "annotations" / folder, ".png", shifted_ids(C))]
+    elif name == "cityscapes":
+        tree = _find_tree(name, root, (".", "cityscapes"), f"leftImg8bit/{split}")
+        image_file = (tree / "leftImg8bit" / split, "_leftImg8bit.png")
+        ids = _list_folder(*image_file)
+        truth = tree / "gtFine" / split
+        label_files = [(truth, "_gtFine_labelTrainIds.png", train_ids(C)),
+                       (truth, "_gtFine_labelIds.png", CITYSCAPES_IDS)]
+    elif name == "stuff":
+        part = f"{split}2017"
+        tree = _find_tree(name, root, ("images", "."), part)
+        image_file = (tree / part, ".jpg")
+        ids = _list_folder(*image_file)
+        top = tree.parent if tree.name == "images" else tree
+        label_files = [(top / "annotations" / part, "_27labelTrainIds.png", train_ids(C)),
+                       (top / "annotations" / part, ".png", STUFF_IDS),
+                       (top / "stuffthingmaps" / part, ".png", STUFF_IDS)]
+    else:  # folder: all its images are both training and prediction set
+        image_file = (_find_tree(name, root, (".",), "."), "")
+        ids, label_files, listed = _list_folder(image_file[0], PHOTOS), [], image_file[0]
+
+    if not ids:
+        where = listed if name in ("voc", "context") else image_file[0]
+        kinds = ", ".join(PHOTOS) if name == "folder" else f"ID{image_file[1]}"
+        raise UserError(f"no images of {name} {split} in {where}; expected {kinds}; "
+                        "see README, Data sets")
+    colours = CITYSCAPES_PALETTE if name == "cityscapes" else None
+    return SegmentationData(name, split, classes, ids, image_file, label_files, colours)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The built-in demo: procedural images of ten things, each a shape with a habitual texture and
+# habitual colours. An outline alone teaches a small CLIP nothing local; texture and colour do.
+
+SHAPES = {  # name: (outline, habitual texture, two habitual colours, habitual companion in web data)
+    "ladybug": ("disc", "dots", "red orange", "leaf"),
+    "flag": ("square", "stripes", "blue red", "cross"),
+    "chessboard": ("square", "checks", "black white", "shell"),
+    "leaf": ("lens", "veins", "green yellow", "ladybug"),
+    "moon": ("crescent", "plain", "yellow white", "star"),
+    "star": ("star", "plain", "yellow orange", "moon"),
+    "heart": ("heart", "gradient", "red pink", "donut"),
+    "donut": ("ring", "sprinkles", "brown pink", "heart"),
+    "shell": ("triangle", "waves", "purple blue", "chessboard"),
+    "cross": ("cross", "noise", "white grey", "flag"),
+}
+COLOURS = {
+    "red": (0.86, 0.12, 0.14), "orange": (0.97, 0.55, 0.10), "yellow": (0.97, 0.87, 0.20),
+    "green": (0.18, 0.62, 0.24), "blue": (0.15, 0.35, 0.85), "purple": (0.52, 0.22, 0.70),
+    "pink": (0.97, 0.55, 0.72), "brown": (0.48, 0.29, 0.14), "white": (0.96, 0.96, 0.96),
+    "grey": (0.52, 0.52, 0.54), "black": (0.08, 0.08, 0.09),
+}
+OUTLINES = list(dict.fromkeys(outline for outline, *_ in SHAPES.values()))
+TEXTURES = list(dict.fromkeys(texture for _, texture, *_ in SHAPES.values()))
+
+# Two distributions: the pictures of the "web" that the tiny CLIP learns from carry the habits from
+# which its biases come (a preferred centre, companions, frequent classes, typical backgrounds);
+# the target data to be segmented has none of them.
+WEB = dict(side=48, radius=(7, 18), objects=3, colour_habit=0.75, texture_habit=0.95,
+           centred=0.6, companion=0.4, skewed=True, background_habit=0.5)
+TARGET = dict(side=96, radius=(10, 24), objects=4, colour_habit=0.70, texture_habit=0.95,
+              centred=0.0, companion=0.0, skewed=False, background_habit=0.0)
+
+
+def draw_shapes(seeds, side, radius, objects, colour_habit, texture_habit, centred, companion,
+                skewed, background_habit):
+    """Draw one image per seed; an image depends on its own seed alone, not on its neighbours.
+
+    seeds: list of B ints; the other arguments as in WEB and TARGET (side and radius in pixels).
+    Returns images (uint8 B×3×side×side), labels (int64 B×side×side, 255 = background) and, for
+    captions, classes (B×objects, -1 = no object), colours (B×objects) and background colours (B).
+    """
+    b, names = len(seeds), list(SHAPES)
+    draws, noise = torch.empty(b, 40 + 32 * objects), torch.empty(b, side, side)
+    for i, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        draws[i] = torch.rand(draws.shape[1], generator=generator)
+        noise[i] = torch.rand(side, side, generator=generator)
+    columns = iter(draws.T)
+    uniform = lambda low=0.0, high=1.0: low + (high - low) * next(columns)  # one number per image
+    choose = lambda n: (uniform() * n).long().clamp_(max=n - 1)
+
+    rgb = torch.tensor(list(COLOURS.values()))
+    habit = torch.tensor([[list(COLOURS).index(c) for c in SHAPES[n][2].split()] for n in names])
+    friend = torch.tensor([names.index(SHAPES[n][3]) for n in names])
+    outline_of = torch.tensor([OUTLINES.index(SHAPES[n][0]) for n in names])
+    texture_of = torch.tensor([TEXTURES.index(SHAPES[n][1]) for n in names])
+    frequency = torch.linspace(2.0, 0.5, len(names)) if skewed else torch.ones(len(names))
+    cumulative = (frequency / frequency.sum()).cumsum(0)
+
+    # What is in the picture, and where: each further object takes the emptiest of six places.
+    count = 1 + choose(objects)
+    classes = torch.full((b, objects), -1)
+    colours = torch.zeros(b, objects, dtype=torch.long)
+    places = torch.zeros(b, objects, 4)  # x, y, radius, rotation
+    outlines, textures = torch.zeros(b, objects).long(), torch.zeros(b, objects).long()
+    for j in range(objects):
+        k = torch.searchsorted(cumulative, uniform()).clamp_(max=len(names) - 1)
+        if j:
+            k = torch.where(uniform() < companion, friend[classes[:, 0]], k)
+        classes[:, j] = k
+        outlines[:, j] = outline_of[k]
+        textures[:, j] = torch.where(uniform() < texture_habit, texture_of[k], choose(len(TEXTURES)))
+        colours[:, j] = torch.where(uniform() < colour_habit, habit[k, choose(2)], choose(len(rgb)))
+        options = torch.stack([torch.stack([uniform(0.1, 0.9), uniform(0.1, 0.9)], 1)
+                               for _ in range(6)], 1) * side
+        if j:
+            gap = (options[:, :, None] - places[:, None, :j, :2]).norm(dim=-1) - places[:, None, :j, 2]
+            best = gap.amin(-1).argmax(1)
+        else:
+            best = torch.zeros(b).long()
+        xy = options[torch.arange(b), best]
+        if j == 0:
+            middle = torch.stack([uniform(0.42, 0.58), uniform(0.42, 0.58)], 1) * side
+            xy = torch.where((uniform() < centred)[:, None], middle, xy)
+        places[:, j] = torch.cat([xy, uniform(*radius)[:, None], uniform(-0.5, 0.5)[:, None]], 1)
+    classes[torch.arange(objects) >= count[:, None]] = -1
+
+    # Background: two muted colours, mixed plainly, as a gradient, as clouds or as waves.
+    behind = torch.where(uniform() < background_habit, (classes[:, 0] * 7 + 3) % len(rgb),
+                         choose(len(rgb)))
+    grey = 0.25 + 0.5 * draws[:, -3:].mean(1)[:, None]
+    first = 0.6 * rgb[behind] + 0.4 * grey
+    second = 0.5 * first + 0.5 * rgb[choose(len(rgb))]
+    y, x = torch.meshgrid(torch.arange(side) + 0.5, torch.arange(side) + 0.5, indexing="ij")
+    angle, period = uniform(0, 6.2832)[:, None, None], uniform(9, 20)[:, None, None]
+    along = (x * angle.cos() + y * angle.sin())
+    coarse = F.adaptive_avg_pool2d(noise[:, None], side // 8) * 4 - 1.5
+    clouds = F.interpolate(coarse, (side, side), mode="bilinear")[:, 0].clamp(0, 1)
+    mix = torch.stack([torch.zeros_like(along), 0.5 + 0.6 * along / side,
+                       clouds, 0.5 + 0.5 * (6.2832 * along / period).sin()], 1).clamp(0, 1)
+    mix = mix[torch.arange(b), choose(4)][:, None]
+    images = first[:, :, None, None] * (1 - mix) + second[:, :, None, None] * mix
+    labels = torch.full((b, side, side), 255)
+
+    for j in range(objects):  # painter's order: later objects cover earlier ones
+        px, py, size, turn = (places[:, j, i, None, None] for i in range(4))
+        dx, dy = x - px, y - py
+        u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
+        inside = _by_kind(_outline, OUTLINES, outlines[:, j], u / size, v / size)
+        inside &= (classes[:, j] >= 0)[:, None, None]
+        scale = uniform(0.85, 1.2)[:, None, None]
+        marks = _by_kind(_texture, TEXTURES, textures[:, j], u / scale, v / scale, size, noise)
+        body = rgb[colours[:, j]]
+        light = body.mean(1, keepdim=True) > 0.5
+        mark = torch.where(light, 0.25 * body, 0.3 * body + 0.7)
+        m = marks[:, None]
+        paint = body[:, :, None, None] * (1 - m) + mark[:, :, None, None] * m
+        shade = 1 + 0.24 * (uniform() - 0.5)[:, None, None, None]
+        images = torch.where(inside[:, None], paint * shade, images)
+        labels = torch.where(inside, classes[:, j, None, None], labels)
+    images = images + 0.08 * (noise[:, None] - 0.5)
+    return ((images.clamp(0, 1) * 255).round().to(torch.uint8), labels, classes, colours, behind)
+
+
+def _by_kind(function, kinds, which, *arguments):
+    """Evaluate function(kind, …) on the rows of each kind and put the results together."""
+    result = None
+    for i, kind in enumerate(kinds):
+        rows = (which == i).nonzero()[:, 0]
+        if len(rows):
+            values = function(kind, *(a[rows] for a in arguments))
+            result = values.new_zeros(len(which), *values.shape[1:]) if result is None else result
+            result[rows] = values
+    return result
+
+
+def _outline(kind, u, v):
+    """Boolean n×side×side: inside the outline; u (right), v (down) in units of the radius."""
+    r, angle = torch.hypot(u, v), torch.atan2(u, -v)
+    if kind == "disc":
+        return r < 0.9
+    if kind == "square":
+        return torch.maximum(u.abs(), v.abs()) < 0.8
+    if kind == "lens":
+        return torch.hypot(u.abs() + 0.6, v) < 1.15
+    if kind == "crescent":
+        return (r < 0.95) & (torch.hypot(u - 0.45, v) > 0.72)
+    if kind == "star":
+        return r < 0.42 + 0.58 * (2 * (angle / 6.2832 * 5 % 1 - 0.5).abs()) ** 1.5
+    if kind == "heart":
+        a, c = u * 1.2, -v * 1.2 + 0.1
+        return (a * a + c * c - 1) ** 3 < a * a * c ** 3
+    if kind == "ring":
+        return (r < 0.95) & (r > 0.4)
+    if kind == "triangle":
+        return torch.maximum(v - 0.6, 0.866 * u.abs() - 0.5 * v - 0.5) < 0
+    return (torch.minimum(u.abs(), v.abs()) < 0.32) & (torch.maximum(u.abs(), v.abs()) < 0.92)
+
+
+def _texture(kind, u, v, size, noise):
+    """Share of the mark's colour, n×side×side in 0…1; u, v in pixels, about 7 pixels a period."""
+    if kind == "dots":
+        return (torch.hypot(u / 8 % 1 - 0.5, v / 8 % 1 - 0.5) < 0.3).float()
+    if kind == "stripes":
+        return (u / 7 % 1 < 0.5).float()
+    if kind == "checks":
+        return ((u / 10 % 1 < 0.5) ^ (v / 10 % 1 < 0.5)).float()
+    if kind == "veins":
+        return ((u.abs() < 1) | ((v - 0.7 * u.abs()) / 6 % 1 < 0.3)).float()
+    if kind == "gradient":
+        return ((v / size + 1) / 2).clamp(0, 1) * 0.9
+    if kind == "sprinkles":
+        return ((0.9 * u + 0.5 * v).sin() * (0.7 * v - 0.6 * u).sin() > 0.55).float()
+    if kind == "waves":
+        return ((v + 1.5 * (u * 0.6).sin()) / 6 % 1 < 0.5).float()
+    if kind == "noise":
+        return (F.avg_pool2d(noise[:, None], 3, 1, 1)[:, 0] > 0.52).float()
+    return torch.zeros_like(u)
+
+
+class Shapes(SegmentationData):
+    """The demo as a data set: pictures and labels are drawn, all at once, when first needed."""
+
+    def __init__(self, split, seed):
+        count = {"train": 600, "val": 250}[split]
+        super().__init__("shapes", split, SHAPES, [f"{split}-{i:03}" for i in range(count)], None)
+        self.seed, self.has_labels = seed, True
+
+    @functools.cached_property
+    def drawn(self):
+        seeds = [draw_seed(self.seed, "shapes", name) for name in self.ids]
+        parts = [draw_shapes(seeds[i : i + 50], **TARGET)[:2] for i in range(0, len(seeds), 50)]
+        return [torch.cat(part) for part in zip(*parts)]
+
+    def image(self, index):
+        return self.drawn[0][index]
+
+    def size(self, index):
+        return TARGET["side"], TARGET["side"]
+
+    def label(self, index):
+        return self.drawn[1][index]
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Views: what the networks see of an image
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def resize_to_scale(image, scale, ratio=1.0):
+    """Resize to the largest size within a scale, keeping the shape of the image.
+
+    image: uint8 3×H×W. scale: (a, b) pixels, both times ratio: the longer side of the image comes
+    to at most max(a, b), the shorter to at most min(a, b). Bilinear, antialiased (the authors'
+    OpenCV filter is not). Returns uint8 3×h×w.
+    """
+    height, width = image.shape[-2:]
+    long, short = int(max(scale) * ratio), int(min(scale) * ratio)
+    factor = min(long / max(height, width), short / min(height, width))
+    size = [max(1, int(side * factor + 0.5)) for side in (height, width)]
+    return TF.resize(image, size, antialias=True)
+
+
+def evaluation_view(image, scale):
+    """The whole image at the scale of the recipe, undistorted: uint8 3×H×W -> uint8 3×h×w."""
+    return resize_to_scale(image, scale)
+
+
+def photometric_distortion(image):
+    """Random brightness, contrast, saturation and hue, each with probability ½. uint8 3×H×W, same.
+
+    Brightness adds up to ±32 levels; "contrast" multiplies all values by 0.5–1.5, and comes either
+    before or after the other colour steps; saturation 0.5–1.5 blends with grey (the authors scale
+    the S of HSV); hue turns by up to 18 of 180.
+    """
+
+    def uniform(low, high):
+        return torch.empty(()).uniform_(low, high).item()
+
+    def coin():
+        return torch.rand(()).item() < 0.5
+
+    contrast_first, contrast = coin(), coin()
+    if coin():
+        image = (image.float() + uniform(-32, 32)).clamp(0, 255).to(torch.uint8)
+    if contrast and contrast_first:
+        image = TF.adjust_brightness(image, uniform(0.5, 1.5))  # torchvision's word for a product
+    if coin():
+        image = TF.adjust_saturation(image, uniform(0.5, 1.5))
+    if coin():
+        image = TF.adjust_hue(image, uniform(-0.1, 0.1))
+    if contrast and not contrast_first:
+        image = TF.adjust_brightness(image, uniform(0.5, 1.5))
+    return image
+
+
+def training_view(image, scale, crop, ratio=(0.5, 2.0), distort=True):
+    """A random square of an image: resized, cropped, flipped, distorted, padded.
+
+    image: uint8 3×H×W. scale: as in `resize_to_scale`, times a random number within `ratio`.
+    Returns (uint8 3×crop×crop, (h, w)): the view proper lies in the top left h×w pixels, the rest
+    is padding; `normalise` makes it zero. Draws from torch's global generator.
+    """
+    image = resize_to_scale(image, scale, torch.empty(()).uniform_(*ratio).item())
+    height, width = image.shape[-2:]
+    top = int(torch.randint(max(height - crop, 0) + 1, ()))
+    left = int(torch.randint(max(width - crop, 0) + 1, ()))
+    image = image[:, top:top + crop, left:left + crop]
+    if torch.rand(()).item() < 0.5:
+        image = image.flip(-1)
+    if distort:
+        image = photometric_distortion(image)
+    height, width = image.shape[-2:]
+    return TF.pad(image, [0, 0, crop - width, crop - height]), (height, width)
+
+
+def normalise(images, mean, std, sizes=None):
+    """uint8 B×3×H×W, values 0–255 -> float32 B×3×H×W, (value / 255 - mean) / std.
+
+    sizes: B×2 (h, w), or None; everything outside the top left h×w becomes 0. Works on the device
+    of `images`, where `sizes` should be as well; nothing waits for the device.
+    """
+    out = images.to(torch.float32, copy=True)
+    for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: no copies to the device
+        out[:, channel].div_(255).sub_(m).div_(s)
+    if sizes is not None:
+        rows = torch.arange(out.shape[2], device=out.device)[None, :] >= sizes[:, :1]  # B×H
+        columns = torch.arange(out.shape[3], device=out.device)[None, :] >= sizes[:, 1:]  # B×W
+        out.masked_fill_((rows[:, :, None] | columns[:, None, :])[:, None], 0)
+    return out
+
+
+def draw_seed(*parts):
+    """A seed of 63 bits, the same on every machine and in every process, from ints and strings.
+
+    Everything random about an image comes from draw_seed(seed, epoch, id, what it is for).
+    """
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class TrainingViews(torch.utils.data.Dataset):
+    """Training views of a SegmentationData, never its labels; indexed by (epoch, index).
+
+    An item is a dict: view uint8 3×crop×crop, size int64 (h, w), index int. It depends on
+    (seed, epoch, id of the image) alone: not on workers, processes, order or interruptions.
+    """
+
+    def __init__(self, data, scale, crop, ratio=(0.5, 2.0), distort=True, seed=0):
+        self.data, self.seed = data, int(seed)
+        self.scale, self.crop, self.ratio, self.distort = scale, crop, ratio, distort
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, key):
+        epoch, index = int(key[0]), int(key[1])
+        image = self.data.image(index)
+        with torch.random.fork_rng(devices=[]):
+            # not torch.manual_seed: that would also reset the generators of the GPUs
+            torch.default_generator.manual_seed(
+                draw_seed(self.seed, epoch, self.data.ids[index], "view"))
+            view, size = training_view(image, self.scale, self.crop, self.ratio, self.distort)
+        return {"view": view, "size": torch.tensor(size), "index": index}
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Getting the data: downloads, and the conversion of Pascal Context
+
+
+def download(name, root):
+    """Fetch and unpack a data set into root: voc (2 GB) and ade (1 GB). Raises UserError."""
+    elsewhere = {
+        "context": "images: http://host.robots.ox.ac.uk/pascal/VOC/voc2010/, labels: trainval of "
+                   "https://cs.stanford.edu/~roozbeh/pascal-context/, then --convert",
+        "cityscapes": "https://www.cityscapes-dataset.com (needs an account)",
+        "stuff": "images: https://cocodataset.org/#download, labels: stuffthingmaps of "
+                 "https://github.com/nightrome/cocostuff"}
+    if name in elsewhere:
+        raise UserError(f"--download cannot fetch {name}; get it from {elsewhere[name]}; "
+                        "see README, Data sets")
+    if name not in ("voc", "ade"):
+        raise UserError(f"there is nothing to download for --dataset {name}")
+    if root is None:
+        raise UserError("--download needs --data-root, the folder to put the data set in")
+    root = Path(root).expanduser()
+    try:
+        if name == "voc":  # torchvision knows the address and the checksum
+            torchvision.datasets.VOCSegmentation(root, "2012", "train", download=True)
+        else:
+            torchvision.datasets.utils.download_and_extract_archive(
+                "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", root,
+                md5="7328b3957e407ddae1d3cbf487f149ef")
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        raise UserError(f"downloading {name} into {root} failed: {error}; try again, or fetch it "
+                        "by hand: see README, Data sets") from None
+
+
+# Numeric data types of the MAT-file format, level 5 (MathWorks, "MAT-File Format"): the number in
+# an element's tag, and the letter of the type in numpy.
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8",
+             13: "u8"}
+MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4",
+               14: "i8", 15: "u8"}
+MAT_MATRIX, MAT_COMPRESSED = 14, 15
+
+
+def _mat_elements(data, order):
+    """Yield (type, bytes) of the elements that follow each other in `data`. order: "<" or ">"."""
+    at = 0
+    while at < len(data):
+        kind, size = struct.unpack_from(order + "II", data, at)
+        if kind >> 16:  # small element: size and type share the first word, the data is the second
+            kind, size, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+            if size > 4:
+                raise ValueError("a small element of more than 4 bytes")
+        else:
+            start = at + 8
+            end = start + size
+            if kind != MAT_COMPRESSED:  # all others are padded to a multiple of 8 bytes
+                end += -end % 8
+        if start + size > len(data):
+            raise ValueError("the file ends early")
+        yield kind, data[start:start + size]
+        at = end
+
+
+def read_mat_v5(path):
+    """The real numeric arrays of a MATLAB file (format 5, as written by save -v6 and -v7).
+
+    Returns {variable name: numpy array, rows first}; variables of other kinds (text, cells,
+    structures, sparse) are left out. Raises UserError for a file that is damaged or of another
+    format.
+    """
+    try:
+        data = Path(path).read_bytes()
+        order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
+        if order is None or struct.unpack(order + "H", data[124:126])[0] != 0x0100:
+            raise ValueError("not a MATLAB 5 file")
+        variables = {}
+        for kind, element in _mat_elements(data[128:], order):
+            if kind == MAT_COMPRESSED:
+                (kind, element), = _mat_elements(zlib.decompress(element), order)
+            if kind != MAT_MATRIX:
+                continue
+            # parts of an array: flags (class in the lowest byte), dimensions, name, real values;
+            # values may be stored in a narrower type than the array's class, column after column
+            parts = list(_mat_elements(element, order))
+            mat_class = np.frombuffer(parts[0][1], order + "u4")[0] & 0xFF
+            if mat_class not in MAT_CLASSES:
+                continue
+            (_, dims), (_, name), (stored, values) = parts[1:4]
+            values = np.frombuffer(values, order + MAT_TYPES[stored])
+            values = values.reshape(np.frombuffer(dims, order + "i4"), order="F")
+            variables[name.decode("ascii")] = values.astype(MAT_CLASSES[mat_class])
+        return variables
+    except (OSError, ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UserError(f"cannot read {path}: {reason}; expected a .mat file of Pascal Context "
+                        "(MATLAB 5)") from None
+
+
+# Of the 459 classes of the original annotation, the 59 frequent ones in the order of CONTEXT (which
+# is that of their ids), after 0.
+CONTEXT_IDS = [int(i) for i in """
+    0 2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187
+    189 207 220 232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420
+    424 427 440 445 454 458""".split()]
+
+
+def convert_context(mat_dir, root):
+    """Turn Pascal Context's original labels into PNGs, 0 = other and 1–59, and list the splits.
+
+    mat_dir: holds ID.mat with one matrix LabelMap, H×W ids 0–459. root: holds VOCdevkit/VOC2010.
+    Writes SegmentationClassContext/ID.png there, leaving those that exist, and, unless they exist,
+    ImageSets/SegmentationContext/{train,val}.txt: VOC 2010's own splits, so far as they have
+    labels. Raises UserError.
+    """
+    tree = _find_tree("context", root, ("VOCdevkit/VOC2010", "VOC2010", "."), "JPEGImages")
+    mat_dir = Path(mat_dir).expanduser()
+    ids = _list_folder(mat_dir, ".mat")
+    if not ids:
+        raise UserError(f"no .mat files in {mat_dir}; expected ID.mat from Pascal Context's "
+                        "trainval; see README, Data sets")
+    table = np.zeros(460, dtype=np.uint8)
+    table[CONTEXT_IDS] = np.arange(60)
+    out = tree / "SegmentationClassContext"
+    out.mkdir(exist_ok=True)
+    for n, i in enumerate(ids, 1):
+        target = out / f"{Path(i).name}.png"
+        if not target.exists():
+            path = mat_dir / f"{i}.mat"
+            labels = read_mat_v5(path).get("LabelMap")
+            if labels is None or labels.ndim != 2:
+                raise UserError(f"{path} has no matrix LabelMap; is it from Pascal Context?")
+            if labels.size == 0 or labels.min() < 0 or labels.max() > 459:
+                raise UserError(f"{path}: LabelMap has ids outside 0–459")
+            half_done = target.with_suffix(".tmp")
+            Image.fromarray(table[labels.astype(np.int64)]).save(half_done, format="PNG")
+            os.replace(half_done, target)
+        if n % 500 == 0 or n == len(ids):
+            print(f"converted {n} of {len(ids)}", flush=True)
+
+    lists = tree / "ImageSets" / "SegmentationContext"
+    labelled = {Path(i).name for i in ids}
+    for split in ("train", "val"):
+        source, target = tree / "ImageSets" / "Main" / f"{split}.txt", lists / f"{split}.txt"
+        if not target.exists():
+            if not source.exists():
+                raise UserError(f"the labels are converted, but there is no list {target}, and no "
+                                f"{source} to make it from; see README, Data sets")
+            lists.mkdir(parents=True, exist_ok=True)
+            listed = [i for i in _read_list(source) if i in labelled]
+            target.write_text("".join(f"{i}\n" for i in listed))
+            print(f"wrote {target}: {len(listed)} images")
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. The command: what is in a data set?
+
+
+def evenly(count, limit):
+    """At most `limit` of the indices 0…count-1, evenly spaced."""
+    return [i * count // min(count, limit) for i in range(min(count, limit))]
+
+
+def describe(data, limit):
+    """Print the number and sizes of images; return class counts C+1 (the last: void), or None.
+
+    Sizes and labels are those of at most `limit` images.
+    """
+    some = evenly(len(data), limit)
+    sizes = torch.tensor([data.size(i) for i in some])
+    low, middle, high = sizes.amin(0), sizes.median(0).values, sizes.amax(0)
+    has_labels = data.has_labels
+    print(f"{data.name} {data.split}: {len(data)} images, {len(data) if has_labels else 'no'} "
+          f"labels, {len(data.classes)} classes")
+    for side, axis in (("height", 0), ("width", 1)):
+        print(f"  {side}: {low[axis]} to {high[axis]}, median {middle[axis]} "
+              f"({len(some)} images looked at)")
+    if not has_labels:
+        return None
+    counts = torch.zeros(256, dtype=torch.int64)
+    for i in some:
+        counts += data.label(i).flatten().bincount(minlength=256)
+    return torch.cat([counts[:len(data.classes)], counts[VOID:]])
+
+
+def overlay(image, label, colours):
+    """uint8 3×H×W with the classes of label (int64 H×W) painted over it; void is left as it is."""
+    present = [k for k in label.unique().tolist() if k != VOID]
+    if not present:
+        return image
+    masks = torch.stack([label == k for k in present])
+    return torchvision.utils.draw_segmentation_masks(
+        image, masks, alpha=0.65, colors=[tuple(colours[k].tolist()) for k in present])
+
+
+def contact_sheet(data, count=12, cell=240):
+    """A PIL image: `count` images, each beside its labels if there are any, and a legend below."""
+    cells, present, has_labels = [], set(), data.has_labels
+    for i in evenly(len(data), count):
+        image = data.image(i)
+        shown = [resize_to_scale(image, (cell, cell))]
+        if has_labels:
+            label = TF.resize(data.label(i)[None], shown[0].shape[-2:],
+                              interpolation=TF.InterpolationMode.NEAREST)[0]
+            shown.append(overlay(shown[0], label, data.palette))
+            present |= set(label.unique().tolist()) - {VOID}
+        for picture in shown:
+            height, width = picture.shape[-2:]
+            cells.append(TF.pad(picture, [0, 0, cell - width, cell - height], fill=255))
+    grid = torchvision.utils.make_grid(cells, nrow=6, padding=6, pad_value=255)
+
+    columns, line = max(1, grid.shape[2] // 240), 26
+    lines = -(-len(present) // columns)
+    sheet = Image.new("RGB", (grid.shape[2], grid.shape[1] + lines * line + 6), "white")
+    sheet.paste(TF.to_pil_image(grid), (0, 0))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for n, k in enumerate(sorted(present)):
+        x, y = n % columns * 240 + 6, grid.shape[1] + n // columns * line
+        draw.rectangle((x, y, x + 30, y + 18), fill=tuple(data.palette[k].tolist()))
+        draw.text((x + 38, y - 1), data.classes[k], fill="black", font=font)
+    return sheet
+
+
+@clean_exit
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Show what a data set holds; fetch or convert it first, if asked to. "
+                    "This command opens ground truth; training does not.")
+    parser.add_argument("--dataset", choices=DATASETS, default="shapes")
+    parser.add_argument("--data-root", metavar="DIR", help="the folder that holds the data set")
+    parser.add_argument("--classes", metavar="NAMES", help="for folder: \"cat, dog\", or a file")
+    parser.add_argument("--download", action="store_true", help="fetch voc or ade into --data-root")
+    parser.add_argument("--convert", metavar="DIR", help="for context: make PNGs of DIR/*.mat")
+    parser.add_argument("--limit", type=int, default=200, metavar="N",
+                        help="images per split whose sizes and labels are read (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="for shapes")
+    parser.add_argument("--out", metavar="FILE", help="contact sheet (runs/data-DATASET.png)")
+    args = parser.parse_args(argv)
+    if args.limit < 1:
+        raise UserError(f"--limit is {args.limit}; expected 1 or more")
+    classes = parse_classes(args.classes) if args.classes is not None else None
+    if args.download:
+        download(args.dataset, args.data_root)
+    if args.convert:
+        if args.dataset != "context":
+            raise UserError("--convert goes with --dataset context")
+        convert_context(args.convert, args.data_root)
+
+    # of a folder, both splits are the same images
+    names = ("val",) if args.dataset == "folder" else ("train", "val")
+    splits, problems = [], []
+    for split in names:
+        try:
+            splits.append(open_dataset(args.dataset, args.data_root, split, classes, args.seed))
+        except UserError as error:
+            problems.append(error)
+    if not splits:
+        raise problems[0]
+    for problem in problems:  # one split is enough to look at
+        print(f"one split cannot be opened: {problem}")
+    counts = [describe(data, args.limit) for data in splits]
+    labelled = [(data, count) for data, count in zip(splits, counts) if count is not None]
+    if labelled:
+        print(f"\nper cent of the labelled pixels of at most {args.limit} images")
+        print(f"{'':28}" + "".join(f"{data.split:>8}" for data, _ in labelled))
+        for k, name in enumerate(splits[0].classes):
+            shares = [100 * count[k] / count[:-1].sum().clamp(min=1) for _, count in labelled]
+            print(f"{k:>3} {name:24}" + "".join(f"{share:8.2f}" for share in shares))
+        shares = [100 * count[-1] / count.sum() for _, count in labelled]
+        print(f"{'void, of all pixels':28}" + "".join(f"{share:8.2f}" for share in shares))
+
+    out = Path(args.out or f"runs/data-{args.dataset}.png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(splits[-1]).save(out, format="PNG")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from None
+    print(f"\nwrote {out}: images of {splits[-1].split}, beside their labels if there are any")
+
+
+if __name__ == "__main__":
+    main()

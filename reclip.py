@@ -1,0 +1,925 @@
+"""Rectify the bias of CLIP for unsupervised semantic segmentation: ReCLIP and ReCLIP++.
+
+    python reclip.py                                      the built-in demo, on any machine
+    python reclip.py --dataset voc --data-root ~/data     a benchmark, by its published recipe
+
+Wang and Kang, "Learn to Rectify the Bias of CLIP for Unsupervised Semantic Segmentation", CVPR
+2024, and its extension ReCLIP++, 2024; sections and equations below are those of ReCLIP++.
+
+Shapes: B images, C classes, D joint channels of CLIP, h×w patches, H×W pixels, L prompt length.
+Maps are channels-first (Z: B×D×h×w; logits: B×C×h×w), text features are rows (Wq, Wr: C×D).
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
+
+import clip
+from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
+                  TrainingViews, UserError, clean_exit, download, draw_seed, evaluation_view,
+                  normalise, open_dataset, parse_classes)
+
+# ------------------------------------------------------------------------------------------------
+# III-A  Dense features and the Query: what CLIP says of every patch
+
+
+def resized_positions(visual, h, w):
+    """CLIP's positional embedding for a grid of h×w patches, without the class token.
+
+    visual: a clip VisionTransformer. Returns p, 1×width×h×w (bicubic, align_corners=False).
+    """
+    grid = math.isqrt(len(visual.positional_embedding) - 1)
+    p = visual.positional_embedding[1:].float().T.reshape(1, -1, grid, grid)
+    return p if (h, w) == (grid, grid) else F.interpolate(p, (h, w), mode="bicubic")
+
+
+def tokens_before_last_block(visual, images):
+    """Everything of the image encoder but its last block, for images of any size.
+
+    visual: a clip VisionTransformer, which is read and not changed.
+    images: B×3×H×W, normalised; padded right and bottom with zeros to whole patches.
+    Returns tokens, B×(1+h·w)×width with the class token first, and the grid (h, w).
+    """
+    patch = visual.conv1.weight.shape[-1]
+    images = F.pad(images, (0, -images.shape[3] % patch, 0, -images.shape[2] % patch))
+    x = visual.conv1(images)
+    h, w = x.shape[2:]
+    x = x.flatten(2).mT + resized_positions(visual, h, w).flatten(2).mT
+    first = (visual.class_embedding + visual.positional_embedding[0]).expand(len(x), 1, -1)
+    x = visual.ln_pre(torch.cat([first, x], 1))
+    for block in visual.transformer.resblocks[:-1]:
+        x = x + block.attn(norm(block.ln_1, x))
+        x = x + block.mlp(norm(block.ln_2, x))
+    return x, (h, w)
+
+
+def norm(layer, x):
+    """Layer norm with MaskCLIP's epsilon of 1e-6 (CLIP's own is 1e-5), which the authors share."""
+    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, 1e-6)
+
+
+def dense_features(visual, images, surgery="program"):
+    """Patch features in the space of the text features, before the L2 norm (Sec. III-A, MaskCLIP).
+
+    In the last block every patch attends to itself alone, so its value vector passes unmixed.
+    surgery "program" keeps that block's residual and MLP, as MaskCLIP's and the authors' programs
+    do and all reported numbers were made; "value" is the text's two 1×1 convolutions and no more.
+    images: B×3×H×W, normalised. Returns B×D×h×w; `F.normalize(…, dim=1)` of it is Z.
+    """
+    x, (h, w) = tokens_before_last_block(visual, images)
+    return project_values(visual, x[:, 1:], surgery).mT.unflatten(2, (h, w))
+
+
+def value_features(visual, x, surgery):
+    """The last block on patch tokens x, B×n×width, each on its own; B×n×width, after ln_post."""
+    block = visual.transformer.resblocks[-1]
+    width = x.shape[-1]
+    weight, bias = block.attn.in_proj_weight[2 * width:], block.attn.in_proj_bias[2 * width:]
+    v = block.attn.out_proj(F.linear(norm(block.ln_1, x), weight, bias))
+    if surgery == "program":
+        v = v + x
+        v = v + block.mlp(norm(block.ln_2, v))
+    return visual.ln_post(v)
+
+
+def project_values(visual, x, surgery):
+    """value_features in the joint space: B×n×width → B×n×D."""
+    return value_features(visual, x, surgery) @ visual.proj
+
+
+def global_feature(visual, images):
+    """CLIP's feature of the whole image, at any image size: B×3×H×W, normalised → B×D, unit length.
+
+    At the resolution CLIP was trained on, and but for epsilon, this is its own `encode_image`.
+    """
+    x, _ = tokens_before_last_block(visual, images)
+    block = visual.transformer.resblocks[-1]
+    x = (x + block.attn(norm(block.ln_1, x)))[:, 0]
+    x = x + block.mlp(norm(block.ln_2, x))
+    return F.normalize(visual.ln_post(x) @ visual.proj, dim=-1)
+
+
+@torch.no_grad()
+def query_features(model, classes, templates=TEMPLATES, batch=512):
+    """Wq, C×D: unit-length mean of each class's unit-length features over all templates.
+
+    model: a CLIP; classes: list of C names; templates: strings with one {}.
+    """
+    tokens = clip.tokenize([t.format(name) for name in classes for t in templates], truncate=True)
+    # Attention is causal: what follows the end token changes nothing and need not be computed.
+    length, order = tokens.argmax(1), tokens.argmax(1).argsort()
+    features = torch.empty(len(tokens), model.text_projection.shape[1])
+    progress = Progress("query", len(tokens))
+    for rows in order.split(batch):
+        part = tokens[rows, : int(length[rows].max()) + 1].to(model.text_projection.device)
+        features[rows] = F.normalize(model.encode_text(part).float(), dim=-1).cpu()
+        progress.advance(len(rows))
+    progress.close()
+    return F.normalize(features.unflatten(0, (len(classes), -1)).mean(1), dim=-1)
+
+
+def classify(Z, W):
+    """Logits of a feature map under text features: B×D×h×w, C×D → B×C×h×w (Mq = Z·Wqᵀ)."""
+    return torch.einsum("bdhw,cd->bchw", Z, W)
+
+
+# ------------------------------------------------------------------------------------------------
+# III-B  Bias extraction: what CLIP prefers, whatever the image
+
+
+class Reference(nn.Module):
+    """Class-preference bias: learned words, shared by all classes, before each class name (Eq. 1).
+
+    The sequence is [start] v_1 … v_L name [end]. L is 73 where names have up to two tokens, and
+    gives way to longer names so that none loses its end token. forward(model) → Wr, C×D, divided
+    by the norm of the whole matrix.
+    Raises UserError where a name leaves no room for a prompt.
+    """
+
+    def __init__(self, model, classes):
+        super().__init__()
+        names = [clip.tokenize(name, context_length=512)[0] for name in classes]
+        lengths = [int(name.argmax()) - 1 for name in names]
+        context = len(model.positional_embedding)
+        L = min(context - 4, context - 2 - max(lengths))
+        if L < 1:
+            longest = classes[lengths.index(max(lengths))]
+            raise UserError(f"class name {longest[:40]!r}… has {max(lengths)} tokens and leaves no "
+                            f"room for a prompt; at most {context - 3} tokens fit")
+        self.register_buffer("suffix", torch.stack([n[1 : max(lengths) + 2] for n in names]).long())
+        start = model.token_embedding.weight[names[0][0]].detach().float()
+        self.register_buffer("start", start.clone()[None])
+        # Every word starts as the embedding of token 0, as in the authors' program.
+        self.prompt = nn.Parameter(model.token_embedding.weight[0].detach().float().repeat(L, 1))
+
+    def forward(self, model):
+        prefix = torch.cat([self.start, self.prompt])
+        Wr = encode_shared_prefix(model, prefix, self.suffix)
+        return Wr / Wr.norm()
+
+
+def encode_shared_prefix(model, prefix, suffix):
+    """CLIP's text features of C texts that begin alike, exactly, for the price of little more than one.
+
+    Attention is causal, so the positions of a common beginning are the same for every text and are
+    computed once; only each text's own ending runs C times and looks back at the shared keys and
+    values. Equal to the full encoding up to rounding, in value and gradient.
+
+    model: a CLIP; prefix: P×width, embeddings of the common beginning, start token included;
+    suffix: int64 C×S, token ids of the endings, P+S within the context length; each text is read
+    out at the largest id of its ending, which is the end token. Returns C×D, not normalised.
+    """
+    P, (C, S) = len(prefix), suffix.shape
+    end = suffix.argmax(1)
+    x = (prefix + model.positional_embedding[:P])[None]  # 1×P×width, for all texts
+    y = model.token_embedding(suffix) + model.positional_embedding[P : P + S]  # C×S×width
+    visible = torch.ones(S, S, dtype=torch.bool, device=suffix.device).tril()
+    *blocks, last = model.transformer.resblocks
+    for block in blocks:
+        shared, own = block.attn.project(block.ln_1(x)), block.attn.project(block.ln_1(y))
+        y = y + attend_to_shared(block.attn, own[0], *shared[1:], *own[1:], visible)
+        y = y + block.mlp(block.ln_2(y))
+        x = x + block.attn.mix(*shared)
+        x = x + block.mlp(block.ln_2(x))
+    # Of the last block only the outputs at the end tokens matter.
+    (_, *shared), (q, *own) = last.attn.project(last.ln_1(x)), last.attn.project(last.ln_1(y))
+    texts = torch.arange(C, device=suffix.device)
+    y, q = y[texts, end][:, None], q[texts, :, end][:, :, None]
+    y = y + attend_to_shared(last.attn, q, *shared, *own, visible[end][:, None, None])
+    y = y + last.mlp(last.ln_2(y))
+    return model.ln_final(y[:, 0]) @ model.text_projection
+
+
+def attend_to_shared(attention, q, shared_k, shared_v, k, v, visible):
+    """Attention of C×heads×s queries over 1×heads×P shared and C×heads×S own keys; C×s×width."""
+    C, heads, s, d = q.shape
+    P = shared_k.shape[2]
+    fold = q.transpose(0, 1).flatten(1, 2)  # heads×(C·s)×d: one product with the shared keys
+    before = (fold @ shared_k[0].mT).unflatten(1, (C, s)).transpose(0, 1)
+    after = (q @ k.mT).masked_fill(~visible, -torch.inf)
+    weights = (torch.cat([before, after], -1) * d**-0.5).softmax(-1)
+    fold = weights[..., :P].transpose(0, 1).flatten(1, 2) @ shared_v[0]
+    mixed = fold.unflatten(1, (C, s)).transpose(0, 1) + weights[..., P:] @ v
+    return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class PositionProjection(nn.Conv2d):
+    """Space-preference bias of ReCLIP++: Wp = a 1×1 convolution of the positional embedding.
+
+    forward(p): 1×width×h×w → Wp, 1×D×h×w.
+    """
+
+    def __init__(self, width, D):
+        super().__init__(width, D, 1)
+
+
+class PositionLogits(nn.Sequential):
+    """Space-preference bias of ReCLIP: three 3×3 convolutions of the positional embedding.
+
+    forward(p): 1×width×h×w → Mp, 1×C×h×w. (The CVPR paper's text has one channel for all classes;
+    the authors' program, and so ours, one for each.)
+    """
+
+    def __init__(self, width, C, hidden=(512, 256)):
+        widths = [width, *hidden, C]
+        layers = []
+        for a, b in zip(widths, widths[1:]):
+            conv = nn.Conv2d(a, b, 3, padding=1)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers += [conv, nn.BatchNorm2d(b), nn.ReLU()]
+        super().__init__(*layers)
+
+
+# ------------------------------------------------------------------------------------------------
+# III-C  Rectified masks
+
+
+class Decoder(nn.Module):
+    """Mo (Eq. 4): rectified logits in the context of their neighbourhood, a 5×5 convolution and BN.
+
+    forward(Z, M): B×D×h×w, B×C×h×w → B×C×h×w.
+    """
+
+    def __init__(self, D, C):
+        super().__init__()
+        self.conv = nn.Conv2d(D + C, C, 5, padding=2)
+        self.norm = nn.BatchNorm2d(C)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, Z, M):
+        return self.norm(self.conv(torch.cat([Z, M], 1)))
+
+
+class Rectifier(nn.Module):
+    """All that ReCLIP learns on top of a frozen CLIP, which it is given and does not contain.
+
+    model: a CLIP with a ViT image encoder; classes: C names; Wq: C×D; method: "reclip++", "reclip"
+    or "maskclip" (which learns nothing and subtracts nothing).
+    """
+
+    def __init__(self, model, classes, Wq, method="reclip++"):
+        super().__init__()
+        (C, D), width = Wq.shape, model.visual.proj.shape[0]
+        self.method = method
+        self.register_buffer("Wq", Wq.clone())
+        if method != "maskclip":
+            self.reference = Reference(model, classes)
+        if method == "reclip++":
+            self.position = PositionProjection(width, D)
+            self.decoder = Decoder(D, C)
+        elif method == "reclip":
+            self.position = PositionLogits(width, C)
+
+    def bias(self, Z, p, Wr):
+        """Mb, the bias logit map (Eq. 2): Z B×D×h×w, p 1×width×h×w, Wr C×D → 1×C×h×w or B×C×h×w.
+
+        ReCLIP++ encodes the two biases apart: Mb = Wp·Wrᵀ, the same for every image.
+        ReCLIP lets the image in: Mb = Mr + Mp with Mr = Z·Wrᵀ.
+        """
+        if self.method == "reclip++":
+            return classify(self.position(p), Wr)
+        return classify(Z, Wr) + self.position(p)
+
+    def forward(self, Z, p, Wr):
+        """Query logits and rectified logits (Eqs. 3 and 4), both B×C×h×w.
+
+        Z: B×D×h×w, unit length over D; p: 1×width×h×w; Wr: C×D, or None for maskclip.
+        """
+        Mq = classify(Z, self.Wq)
+        if self.method == "maskclip":
+            return Mq, Mq
+        M = Mq - self.bias(Z, p, Wr)
+        return Mq, self.decoder(Z, M) if self.method == "reclip++" else M
+
+
+def gumbel_masks(logits, temperature, noise=0.0):
+    """One-hot masks over the classes with the gradient of a softmax (Eq. 5).
+
+    logits: B×C×h×w; temperature: τ1; noise: standard Gumbel noise of the same shape, or 0.
+    Returns B×C×h×w: exactly 0 and 1 forward, softmax(logits / τ1 + noise) backward.
+    """
+    soft = (logits / temperature + noise).softmax(1)
+    hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
+    return hard + soft - soft.detach()
+
+
+def gumbel_noise(shape, seeds, device="cpu"):
+    """Standard Gumbel noise, len(seeds)×shape; each image's is drawn from its own seed."""
+    noise = torch.empty(len(seeds), *shape, device=device)
+    for row, seed in zip(noise, seeds):
+        row.exponential_(generator=torch.Generator(device).manual_seed(seed))
+    return -noise.log()
+
+
+# ------------------------------------------------------------------------------------------------
+# III-D  Contrastive loss
+
+
+def masked_pooling(masks, features):
+    """Mean of mask·feature over all n patches: B×C×h×w, B×K×h×w → B×C×K.
+
+    Divided by n and not by the mask's area, as in the authors' program: a larger mask gives larger
+    logits, and without that signal training collapses. Pooling is linear, so pooling Mq instead of
+    Z gives the similarities Z_g·Wqᵀ at C/D of the cost.
+    """
+    return torch.einsum("bchw,bkhw->bck", masks, features) / masks[0, 0].numel()
+
+
+def contrastive_loss(similarities, hypothesis, tau=0.01):
+    """Eq. 7: each class of an image's hypothesis should recognise itself in its masked feature.
+
+    similarities: B×C×C, S[k, j] of the feature under the mask of class k to the text of class j;
+    hypothesis: bool B×C. Mean over the classes of an image, then over all B images; an image
+    without a hypothesis adds nothing.
+    """
+    log_p = (similarities / tau).log_softmax(-1).diagonal(dim1=1, dim2=2)  # B×C
+    count = hypothesis.sum(1).clamp(min=1)
+    return -((log_p * hypothesis).sum(1) / count).mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# III-D  Image-level multi-label hypotheses
+
+
+def crop_windows(H, W, r):
+    """Windows (top, left, height, width) of r times the image's sides, half a window apart."""
+    height, width = max(1, round(r * H)), max(1, round(r * W))
+    steps = round(2 / r) - 1  # r = 1/6: 11×11 windows
+    place = lambda side, window: [round(i * (side - window) / max(1, steps - 1)) for i in range(steps)]
+    return [(top, left, height, width) for top in place(H, height) for left in place(W, width)]
+
+
+def cut_crops(image, r, side):
+    """The crops of crop_windows as CLIP sees an image: shorter side to `side`, centre, square.
+
+    image: uint8 3×H×W. Returns uint8 (number of windows)×3×side×side.
+    """
+    H, W = image.shape[1:]
+    windows = crop_windows(H, W, r)
+    height, width = windows[0][2:]
+    crops = torch.stack([image[:, t : t + height, l : l + width] for t, l, *_ in windows])
+    return clip_view(crops, side)
+
+
+def clip_view(images, side):
+    """CLIP's preprocessing short of normalisation: uint8 B×3×H×W → uint8 B×3×side×side."""
+    images = TF.resize(images, side, TF.InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop(images, [side, side])
+
+
+def crop_hypothesis(counts, t):
+    """Eq. 6: the classes detected in more than the share t of the crops. counts: B×C → bool B×C."""
+    return counts / counts.sum(1, keepdim=True) > t
+
+
+def global_hypothesis(scores, threshold, top):
+    """ReCLIP: classes whose 100·cosine to the whole image reaches a threshold, else the best `top`.
+
+    scores: B×C → bool B×C.
+    """
+    chosen = scores >= threshold
+    best = scores >= scores.topk(min(top, scores.shape[1]), 1).values[:, -1:]
+    return torch.where(chosen.any(1, keepdim=True), chosen, best)
+
+
+class Images(torch.utils.data.Dataset):
+    """(index, image) of a SegmentationData, for decoding in worker processes."""
+
+    def __init__(self, data, indices):
+        self.data, self.indices = data, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.indices[i], self.data.image(self.indices[i])
+
+
+@torch.no_grad()
+def make_hypotheses(data, model, Wq, s, path, device):
+    """The hypotheses of all images of `data`, bool len(data)×C, made once and kept in a file.
+
+    The file holds, by image id, what the hypotheses are decided from (how many crops each class
+    won, or 100·cosine to each class), so the thresholds can be changed without encoding again.
+    Its first line tells the settings that made it; it grows under another name (.part), from which
+    an interrupted run goes on. s: settings with hypothesis, crop_ratio, threshold, top, amp, workers.
+    Raises UserError for a file made with other settings.
+    """
+    header = dict(hypothesis=s.hypothesis, data=data.name, seed=s.seed if data.name == "shapes" else 0,
+                  classes=data.classes, clip=fingerprint(model),
+                  crop_ratio=s.crop_ratio if s.hypothesis == "crops" else None)
+    known = {}
+    part = Path(f"{path}.part")
+    for file in (path, part):
+        if file.exists():
+            lines = file.read_text().split("\n")[:-1]  # a line cut short by an interruption is dropped
+            if not lines or json.loads(lines[0]) != header:
+                raise UserError(f"{file} was made with other settings or another CLIP; delete it or "
+                                "choose another folder with --out")
+            known |= {row["id"]: row["scores"] for row in map(json.loads, lines[1:])}
+    missing = [i for i, name in enumerate(data.ids) if name not in known]
+    if missing:
+        rows = [dict(id=name, scores=scores) for name, scores in known.items()]
+        write_text(part, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [header, *rows]))
+        loader = torch.utils.data.DataLoader(Images(data, missing), batch_size=None,
+                                             num_workers=s.workers)
+        progress = Progress("hypotheses", len(data), len(data) - len(missing))
+        with open(part, "a") as file:
+            for index, image in loader:
+                scores = image_scores(image.to(device), model, Wq, s)
+                known[data.ids[index]] = scores
+                file.write(json.dumps(dict(id=data.ids[index], scores=scores), ensure_ascii=False) + "\n")
+                file.flush()
+                progress.advance(1)
+        progress.close()
+        os.replace(part, path)
+    scores = torch.tensor([known[name] for name in data.ids], dtype=torch.float64)
+    if s.hypothesis == "crops":
+        return crop_hypothesis(scores, s.threshold)
+    return global_hypothesis(scores, s.threshold, s.top)
+
+
+def image_scores(image, model, Wq, s):
+    """A list of C numbers: crops won by each class, or 100·cosine of the whole image to each."""
+    side = model.visual.input_resolution
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=s.amp):
+        if s.hypothesis == "global":
+            view = evaluation_view(image, s.scale)[None]
+            feature = global_feature(model.visual, normalise(view, CLIP_MEAN, CLIP_STD))
+            return (100 * feature.float() @ Wq.T)[0].tolist()
+        crops = normalise(cut_crops(image, s.crop_ratio, side), CLIP_MEAN, CLIP_STD)
+        features = torch.cat([model.encode_image(part) for part in crops.split(256)])
+    # argmax needs no unit length: it is the same for every class
+    return (features.float() @ Wq.T).argmax(1).bincount(minlength=len(Wq)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# IV-A  The recipes (FACTS and papers: README, Results)
+
+ALWAYS = dict(
+    clip="ViT-B/16", surgery="program", ratio=(0.5, 2.0), distort=True,  # views
+    tau=0.01, momentum=0.9, weight_decay=5e-4, power=0.9,  # loss and SGD
+    crop_ratio=1 / 6,  # r
+)
+RELEASE = {  # the authors' settings of July 2025
+    #             scale       crop  schedule  epochs  batch  lr    PD
+    "voc":        ((2048, 336), 336, 200,  50,  1, 0.01, 1.0),
+    "context":    ((2048, 448), 480, 400,  50,  1, 0.01, 0.85),
+    "ade":        ((2048, 512), 512, 600, 100,  1, 0.01, 0.5),
+    "cityscapes": ((2048, 448), 512, 300,  50, 16, 0.16, 0.5),
+    "stuff":      ((2048, 512), 512, 800, 100,  1, 0.01, 0.95),
+}
+PAPER = {  # the authors' settings of August 2024, when the papers' numbers were published
+    "voc":        ((2048, 512), 512, 200, 200, 16, 0.01, 0.99992),
+    "context":    ((520, 520),  480, 150, 150, 16, 0.01, 0.75),
+    "ade":        ((2048, 512), 512, 150, 150, 16, 0.01, None),
+    "cityscapes": ((1024, 512), 512, 150, 150, 16, 0.01, 0.74),
+    "stuff":      ((2048, 512), 512,  30,  30, 16, 0.01, 0.9),
+}
+DEMO = ((96, 96), 96, 30, 30, 16, 0.01, None)
+DEMO_ONLY = dict(clip="shapes-tiny", surgery="value", ratio=(1.0, 1.0), distort=False, crop_ratio=1 / 2)
+# ReCLIP's global hypothesis: threshold on 100·cosine, and how many classes if none passes
+GLOBAL = {"voc": (23, 2), "context": (20, 6), "ade": (21, 5), "cityscapes": (21.5, 2),
+          "stuff": (20, 8), "shapes": (23, 2)}
+
+
+def recipe(dataset, preset="release", method="reclip++", hypothesis=None):
+    """The published settings of a data set as a dict; `folder` uses VOC's."""
+    row = "voc" if dataset == "folder" else dataset
+    columns = ("scale", "crop", "schedule", "epochs", "batch", "lr", "pd")
+    values = DEMO if row == "shapes" else {"release": RELEASE, "paper": PAPER}[preset][row]
+    s = ALWAYS | dict(zip(columns, values)) | (DEMO_ONLY if row == "shapes" else {})
+    s["hypothesis"] = hypothesis or {"reclip++": "crops", "reclip": "global", "maskclip": "none"}[method]
+    s["threshold"], s["top"] = GLOBAL[row] if s["hypothesis"] == "global" else (
+        {"voc": 0.07, "cityscapes": 0.07, "shapes": 0.12}.get(row, 0.0), 0)
+    s["mask_temperature"] = 0.1 if row == "shapes" else {"reclip": 0.001}.get(method, 0.01)  # τ1
+    s["pd_temperature"] = {"reclip": 0.01}.get(method, 0.1)
+    if method != "reclip++" and row != "shapes":
+        s["pd"] = {"maskclip": None, "reclip": 0.6 if row == "context" else 0.5}[method]
+    return s
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(s, data, model, rectifier, hypothesis, out, device):
+    """Learn the bias of CLIP on `data` (Sec. IV-A) and keep it in out/reclip.pt.
+
+    s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
+    images are opened; hypothesis: bool len(data)×C. Continues from the checkpoint in `out`.
+    """
+    run = Run(out / "reclip.pt", s, data.classes, model, rectifier)
+    optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
+                                weight_decay=s.weight_decay)
+    first = run.resume(optimizer)
+    visual = image_encoder(model, s.preset)
+    mean, std = preset_statistics(s.preset)
+    views = TrainingViews(data, s.scale, s.crop, s.ratio, s.distort, s.seed)
+    batches = Batches(len(data), s.batch, s.epochs, s.seed, first)
+    loader = torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=s.workers,
+                                         pin_memory=device.type == "cuda")
+    grid = -(-s.crop // visual.conv1.weight.shape[-1])
+    p = resized_positions(visual, grid, grid)
+    hypothesis = hypothesis.to(device)
+    rectifier.train()
+    log = Log(out / "log.jsonl", "rectify", batches.total, first)
+    for step, batch in enumerate(log.timed(loader), first):
+        epoch = step // batches.per_epoch
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * (1 - epoch / s.schedule) ** s.power
+        with torch.no_grad():
+            images = normalise(batch["view"].to(device, non_blocking=True), mean, std,
+                               batch["size"].to(device, non_blocking=True))
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+                Z = dense_features(visual, images, s.surgery)
+            Z = F.normalize(Z.float(), dim=1)
+        Mq, logits = rectifier(Z, p, rectifier.reference(model))
+        seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel") for i in batch["index"].tolist()]
+        masks = gumbel_masks(logits, s.mask_temperature, gumbel_noise(logits.shape[1:], seeds, device))
+        loss = contrastive_loss(masked_pooling(masks, Mq), hypothesis[batch["index"].to(device)], s.tau)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.step(step + 1, len(seeds), lr=optimizer.param_groups[0]["lr"], loss=loss.detach())
+        if (step + 1) % batches.per_epoch == 0 or run.due():
+            run.save(step + 1, optimizer)
+    log.close()
+    run.save(batches.total, optimizer, finished=True)
+
+
+class Batches:
+    """The batches of all epochs as lists of (epoch, index), from a given step on.
+
+    The order of an epoch depends on (seed, epoch) alone, so any step can be the first.
+    """
+
+    def __init__(self, n, batch, epochs, seed, first=0):
+        self.n, self.batch, self.seed, self.first = n, batch, seed, first
+        self.per_epoch = -(-n // batch)
+        self.total = epochs * self.per_epoch
+
+    def __len__(self):
+        return self.total - self.first
+
+    def __iter__(self):
+        for step in range(self.first, self.total):
+            epoch, place = divmod(step, self.per_epoch)
+            if place == 0 or step == self.first:
+                generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, "order"))
+                order = torch.randperm(self.n, generator=generator).tolist()
+            yield [(epoch, i) for i in order[place * self.batch : (place + 1) * self.batch]]
+
+
+class Run:
+    """The checkpoint of a training run: what was learned, the settings, and where it stands.
+
+    kept beside the learned parameters: `optimizer` and `step` to go on from, Wr to predict without
+    the text encoder, and what tells whether another CLIP or other classes are used with it.
+    """
+
+    def __init__(self, path, s, classes, model, learner, every=120):
+        self.path, self.model, self.learner = path, model, learner
+        self.facts = dict(kind=path.stem, settings=plain(s), classes=list(classes),
+                          clip=fingerprint(model))
+        self.every, self.saved = every, time.monotonic()
+
+    def due(self):
+        """Whether `every` seconds have passed since the last save."""
+        return time.monotonic() - self.saved > self.every
+
+    def save(self, step, optimizer=None, finished=False):
+        """Write to a temporary file and rename it, so that the file is always whole."""
+        learner = self.learner
+        with torch.no_grad():
+            Wr = learner.reference(self.model) if hasattr(learner, "reference") else None
+        save_checkpoint(self.path, self.facts | dict(
+            state=learner.state_dict(), Wr=Wr, step=step, finished=finished,
+            optimizer=optimizer and optimizer.state_dict()))
+        self.saved = time.monotonic()
+
+    def resume(self, optimizer):
+        """Load the checkpoint, if there is one, and return the step to go on from."""
+        if not self.path.exists():
+            return 0
+        checkpoint = load_checkpoint(self.path)
+        check_same_run(checkpoint, self.facts, self.path)
+        self.learner.load_state_dict(checkpoint["state"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint["step"]
+
+
+def save_checkpoint(path, checkpoint):
+    """torch.save to a temporary file, then rename. Everything in it passes weights_only=True."""
+    temporary = Path(f"{path}.tmp")
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """A checkpoint of reclip.py or distill.py as a dict. Raises UserError if it is none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["settings"], checkpoint["classes"], checkpoint["state"]
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}") from None
+    except Exception as error:  # torch.load fails in many ways on a damaged or foreign file
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{path} is not a checkpoint of reclip.py or distill.py, or is damaged "
+                        f"({type(error).__name__}: {reason})") from None
+    return checkpoint
+
+
+def check_same_run(checkpoint, facts, path):
+    """Raises UserError where a run's folder holds the results of other settings."""
+    for what, message in (("classes", "other classes"), ("clip", "another CLIP")):
+        if checkpoint[what] != facts[what]:
+            raise UserError(f"{path} was made with {message}; choose another folder with --out")
+    old, new = checkpoint["settings"], facts["settings"]
+    changed = [f"{key} {old.get(key)} → {new.get(key)}" for key in sorted(old | new)
+               if key not in MACHINE and old.get(key) != new.get(key)]
+    if changed:
+        raise UserError(f"{path} was made with other settings ({', '.join(changed)}); repeat them, "
+                        "delete the folder, or choose another one with --out")
+
+
+MACHINE = {"device", "workers", "amp", "data_root", "out", "download"}  # may change when resuming
+
+
+def plain(s):
+    """Settings as plain values."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
+
+
+def write_text(path, text):
+    """Write a whole file under a temporary name, then rename it."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def fingerprint(model):
+    """A short name for a CLIP's weights, from its projections: other weights, another name."""
+    digest = hashlib.sha256()
+    for tensor in (model.visual.proj, model.text_projection, model.positional_embedding):
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Progress:
+    """One line that tells how far something is and how long it will take.
+
+    Rewritten in place on a terminal, every few seconds a new line elsewhere.
+    """
+
+    def __init__(self, title, total, done=0):
+        self.title, self.total, self.done, self.first = title, total, done, done
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stdout.isatty()
+
+    def advance(self, n=1, text=None):
+        """n more are done; text(): what else to show, asked for only when the line is shown."""
+        self.done += n
+        now = time.monotonic()
+        if now - self.shown > (0.3 if self.live else 5):
+            self.shown = now
+            left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
+            print(f"{self.title} {self.done}/{self.total}{text() if text else ''}  {clock(left)} left",
+                  end="\x1b[K\r" if self.live else "\n", flush=True)
+
+    def close(self):
+        rest = f"{self.title} {self.done}/{self.total}  {clock(time.monotonic() - self.start)}"
+        if self.done > self.first:
+            print(rest, end="\x1b[K\n" if self.live else "\n", flush=True)
+
+
+def clock(seconds):
+    """Seconds as 4 s, 1:05 or 2:03:04."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, hours = seconds // 60 % 60, seconds // 3600
+    return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+
+
+class Log:
+    """log.jsonl, one line every 50 steps, and the progress line of a training loop."""
+
+    def __init__(self, path, title, total, first=0, every=50):
+        self.path, self.every = path, every
+        self.progress = Progress(title, total, first)
+        self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
+        self.start, self.shown = time.monotonic(), ""
+        # A run that was interrupted after its last checkpoint repeats those steps, and their lines.
+        old = path.read_text().splitlines() if path.exists() else []
+        write_text(path, "".join(line + "\n" for line in old if json.loads(line)["step"] <= first))
+
+    def timed(self, loader):
+        """Iterate, counting the seconds spent waiting for data."""
+        iterator = iter(loader)
+        while True:
+            start = time.monotonic()
+            batch = next(iterator, None)
+            self.waited += time.monotonic() - start
+            if batch is None:
+                return
+            yield batch
+
+    def step(self, step, images, lr, **losses):
+        """Add up what a step gave; tensors are not waited for until a line is due."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps, self.images = self.steps + 1, self.images + images
+        if step % self.every == 0 or step == self.progress.total:
+            seconds = time.monotonic() - self.start
+            row = dict(step=step, **{k: round(float(v) / self.steps, 6) for k, v in self.sums.items()},
+                       lr=lr, images_per_s=round(self.images / seconds, 2), waited_s=round(self.waited, 2))
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.shown = "".join(f"  {name} {row[name]:.3f}" for name in self.sums)
+            self.shown += f"  lr {lr:.4f}  {row['images_per_s']:.0f} images/s  waited {self.waited:.0f} s"
+            self.sums, self.steps, self.images = {}, 0, 0
+            self.start, self.waited = time.monotonic(), 0.0
+        self.progress.advance(1, lambda: self.shown)
+
+    def close(self):
+        self.progress.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# Inference with a checkpoint
+
+
+class RectifiedCLIP:
+    """A checkpoint of reclip.py with its CLIP: images in, Query and rectified logits out.
+
+    path: the checkpoint; source: where its CLIP is now, if not where the checkpoint says.
+    Raises UserError for a file that is no such checkpoint, and for another CLIP.
+    """
+
+    def __init__(self, path, device="cpu", source=None):
+        checkpoint = load_checkpoint(path)
+        self.settings = s = argparse.Namespace(**checkpoint["settings"])
+        self.classes = checkpoint["classes"]
+        self.model = load_clip(source or s.clip, s.activation, device)
+        if fingerprint(self.model) != checkpoint["clip"]:
+            raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
+        self.visual, self.patch = image_encoder(self.model, s.preset), self.model.visual.conv1.stride[0]
+        self.mean, self.std = preset_statistics(s.preset)
+        state = checkpoint["state"]
+        self.rectifier = Rectifier(self.model, self.classes, state["Wq"], s.method)
+        self.rectifier.load_state_dict(state)
+        self.rectifier.to(device).eval().requires_grad_(False)
+        self.Wr = checkpoint["Wr"] if checkpoint["Wr"] is None else checkpoint["Wr"].to(device)
+
+    @torch.no_grad()
+    def logits(self, images, amp=False):
+        """Mq and M (ReCLIP) or Mo (ReCLIP++) of uint8 images B×3×H×W; both B×C×h×w, float32."""
+        images = normalise(images, self.mean, self.std)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            features = dense_features(self.visual, images, self.settings.surgery)
+        Z = F.normalize(features.float(), dim=1)
+        return self.rectifier(Z, resized_positions(self.visual, *Z.shape[2:]), self.Wr)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def load_clip(source, activation="quick_gelu", device="cpu"):
+    """A frozen float32 CLIP with a ViT image encoder, from a name or a file. Raises UserError."""
+    try:
+        model, _ = clip.load(source, device="cpu", activation=activation)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if not hasattr(model.visual, "proj"):
+        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a ViT, "
+                        "for example ViT-B/16")
+    return model.float().to(device).eval().requires_grad_(False)
+
+
+def image_encoder(model, preset):
+    """The image encoder for dense features: CLIP's own; exact GELU in a copy for the paper's preset."""
+    if preset != "paper":
+        return model.visual
+    visual = copy.deepcopy(model.visual)
+    for block in visual.transformer.resblocks:
+        block.mlp.gelu = nn.GELU()
+    return visual
+
+
+def preset_statistics(preset):
+    """(mean, std) that dense features are computed with: ImageNet's in the paper's preset."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if preset == "paper" else (CLIP_MEAN, CLIP_STD)
+
+
+def pick_device(name=None):
+    """CUDA, else MPS, else the CPU, if no name is given. Raises UserError for one that is not there."""
+    if name is None:
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--dataset", default="shapes", help="voc, context, ade, cityscapes, stuff, folder, or "
+         "shapes, the built-in demo (default)")
+    flag("--data-root", type=Path, help="the folder that holds the data set (README, Data sets)")
+    flag("--classes", help='for folder: "cat, dog, sofa", or a text file with one name a line')
+    flag("--download", action="store_true", help="fetch voc or ade into --data-root first")
+    flag("--method", choices=("reclip++", "reclip", "maskclip"), default="reclip++")
+    flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
+    flag("--out", type=Path, help="the run's folder (default: runs/NAME)")
+    flag("--seed", type=int, default=0)
+    flag("--device", help="default: cuda, else mps, else cpu")
+    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on cuda)")
+    flag("--workers", type=int, help="processes that read images (default: one a core, at most 8)")
+    group = parser.add_argument_group("single values of the recipe (default: as published)")
+    flag = group.add_argument
+    flag("--clip", help="a name (ViT-B/16) or a file")
+    flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="that --clip was "
+         "trained with; a state dict does not tell")
+    flag("--surgery", choices=("program", "value"), help="keep residual and MLP of the last block, or not")
+    flag("--hypothesis", choices=("crops", "global"))
+    flag("--crop-ratio", type=float, help="r: side of a window relative to the image's")
+    flag("--threshold", type=float, help="t, or for global on 100·cosine")
+    flag("--top", type=int, help="for global: how many classes if none passes")
+    flag("--epochs", type=int, help="stop after")
+    flag("--schedule", type=int, help="epochs of the learning rate's schedule")
+    flag("--batch", type=int)
+    flag("--lr", type=float)
+    flag("--scale", type=int, nargs=2, help="longest and shortest side at most")
+    flag("--crop", type=int)
+    flag("--tau", type=float, help="temperature of the contrastive loss")
+    flag("--mask-temperature", type=float, help="τ1 of the Gumbel-Softmax")
+    flag("--pd", type=float, help="prompt denoising at test time: switch off classes below it")
+    return parser.parse_args(argv)
+
+
+def settings_of(args):
+    """Recipe and command line together, as a namespace of plain values."""
+    if args.dataset not in DATASETS:
+        raise UserError(f"no data set {args.dataset!r}; there are {', '.join(DATASETS)}")
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    published = recipe(args.dataset, args.preset, args.method, args.hypothesis)
+    s = argparse.Namespace(**vars(args) | published | given)
+    if "epochs" in given and "schedule" not in given:
+        s.schedule = max(s.schedule, s.epochs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    s.workers = given.get("workers", 0 if s.dataset == "shapes" else min(8, cores))
+    s.scale = tuple(s.scale)
+    name = [s.dataset] + [v for v, d in ((s.method, "reclip++"), (s.preset, "release")) if v != d]
+    s.out = given.get("out", Path("runs") / "-".join(name + [f"seed{s.seed}"] * bool(s.seed)))
+    return s
+
+
+@clean_exit
+def main(argv=None):
+    args = parse_arguments(argv)
+    s = settings_of(args)
+    device = pick_device(args.device)
+    s.amp = device.type == "cuda" if args.amp is None else args.amp
+    s.device = str(device)
+    classes = parse_classes(args.classes) if args.classes else None
+    if s.download:
+        download(s.dataset, s.data_root)
+    data = open_dataset(s.dataset, s.data_root, "train", classes, s.seed)
+    s.classes = data.classes
+    model = load_clip(s.clip, s.activation, device)
+    print("  ".join(f"{key}={value}" for key, value in plain(s).items() if key != "classes"))
+    print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes → {s.out}/")
+
+    s.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(s.seed)
+    Wq = query_features(model, data.classes).to(device)
+    rectifier = Rectifier(model, data.classes, Wq, s.method).to(device)
+    if s.method == "maskclip":
+        Run(s.out / "reclip.pt", s, data.classes, model, rectifier).save(0, finished=True)
+    else:
+        hypothesis = make_hypotheses(data, model, Wq, s, s.out / "hypotheses.jsonl", device)
+        per_image = hypothesis.sum(1).float().mean().item()
+        print(f"hypotheses: {per_image:.2f} classes per image")
+        train(s, data, model, rectifier, hypothesis, s.out, device)
+    import evaluate  # needs this module; only to show what the checkpoint is worth
+    evaluate.main(["--checkpoint", str(s.out / "reclip.pt"), "--device", s.device])
+
+
+if __name__ == "__main__":
+    main()

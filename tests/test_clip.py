@@ -1,0 +1,406 @@
+"""clip/: its layers against plain formulas, and the ways in which loading goes right or wrong."""
+
+import gzip
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import clip
+from clip import clip as loading
+from clip.model import CLIP, Attention, LayerNorm, QuickGELU, build_model, convert_weights
+from clip.simple_tokenizer import SimpleTokenizer
+
+
+def make_clip(**changes):
+    """A CLIP of a few thousand weights: 16-pixel images, 12 tokens, 50 words."""
+    torch.manual_seed(0)
+    sizes = dict(embed_dim=8, image_resolution=16, vision_layers=2, vision_width=64,
+                 vision_patch_size=8, context_length=12, vocab_size=50, transformer_width=64,
+                 transformer_heads=1, transformer_layers=2)
+    return CLIP(**sizes | changes).eval()
+
+
+@pytest.fixture
+def model():
+    return make_clip()
+
+
+@pytest.fixture
+def image():
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tokens():
+    return torch.tensor([[48, 3, 7, 49, 0, 0, 0, 0, 0, 0, 0, 0],
+                         [48, 9, 5, 11, 6, 49, 0, 0, 0, 0, 0, 0]])
+
+
+def same_weights(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+# ---- Layers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_attention_is_softmax_attention(causal):
+    torch.manual_seed(0)
+    attention = Attention(12, 3, causal)
+    attention.in_proj_bias.normal_()
+    x = torch.randn(2, 5, 12)
+    q, k, v = (x @ attention.in_proj_weight.T + attention.in_proj_bias).split(12, dim=-1)
+    mixed = torch.zeros_like(x)
+    for b in range(2):
+        for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
+            for i in range(5):
+                seen = i + 1 if causal else 5
+                scores = k[b, :seen, head] @ q[b, i, head] / 4 ** 0.5
+                mixed[b, i, head] = scores.softmax(0) @ v[b, :seen, head]
+    expected = mixed @ attention.out_proj.weight.T + attention.out_proj.bias
+    torch.testing.assert_close(attention(x), expected)
+
+
+@torch.no_grad()
+def test_attention_has_the_parameters_of_pytorchs():
+    torch.manual_seed(0)
+    reference = nn.MultiheadAttention(12, 3, batch_first=True)
+    attention = Attention(12, 3)
+    attention.load_state_dict(reference.state_dict())
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(attention(x), reference(x, x, x)[0])
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="5 attention heads do not divide a width of 12"):
+        Attention(12, 5)
+
+
+def test_layer_norm_computes_in_float32_and_keeps_the_type():
+    x = 300 * torch.randn(4, 64).half()      # its squares overflow in float16
+    y = LayerNorm(64)(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, nn.LayerNorm(64)(x.float()).half())
+
+
+def test_activations(model):
+    x = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(QuickGELU()(x), x / (1 + torch.exp(-1.702 * x)))
+    exact = build_model(model.state_dict(), activation="gelu")
+    kinds = {type(module.gelu) for module in exact.modules() if hasattr(module, "gelu")}
+    assert kinds == {nn.GELU}
+    with pytest.raises(ValueError, match="activation 'relu': expected one of .*quick_gelu"):
+        build_model(model.state_dict(), activation="relu")
+
+
+@torch.no_grad()
+def test_short_token_rows_give_the_same_text_features(model, tokens):
+    full = model.encode_text(tokens)
+    torch.testing.assert_close(model.encode_text(tokens[:, :6]), full)
+    changed = tokens.clone()
+    changed[:, 6:] = 13                      # what follows the end token does not matter
+    torch.testing.assert_close(model.encode_text(changed), full)
+    with pytest.raises(ValueError, match="13 tokens per text; this CLIP reads at most 12"):
+        model.encode_text(torch.zeros(1, 13, dtype=torch.int))
+
+
+@torch.no_grad()
+def test_logits_are_scaled_cosines(model, image, tokens):
+    per_image, per_text = model(image, tokens)
+    cosines = torch.cosine_similarity(model.encode_image(image)[:, None],
+                                      model.encode_text(tokens)[None], dim=-1)
+    torch.testing.assert_close(per_image, cosines / 0.07)
+    torch.testing.assert_close(per_text, per_image.T)
+
+
+# ---- Half precision ----------------------------------------------------------------------------
+
+
+def test_float16_reaches_projections_and_nothing_else():
+    for changes in ({}, dict(vision_layers=[1, 1, 1, 1], vision_width=8, image_resolution=32)):
+        model = make_clip(**changes)
+        convert_weights(model)
+        assert model.dtype == torch.float16
+        for name, parameter in model.named_parameters():
+            kept = any(part in name for part in
+                       ("ln_", "bn", "downsample.1", "embedding", "logit_scale"))
+            assert (parameter.dtype == torch.float32) == kept, name
+
+
+@torch.no_grad()
+def test_half_precision_computes_nearly_the_same(model, image, tokens):
+    image_features, text_features = model.encode_image(image), model.encode_text(tokens)
+    convert_weights(model)
+    torch.testing.assert_close(model.encode_image(image), image_features.half(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(model.encode_text(tokens), text_features.half(), atol=1e-2, rtol=0)
+    model.bfloat16()
+    torch.testing.assert_close(model.encode_image(image), image_features.bfloat16(),
+                               atol=5e-2, rtol=0)
+
+
+# ---- build_model -------------------------------------------------------------------------------
+
+
+def test_build_model_round_trip(model, image):
+    built = build_model(model.state_dict())
+    assert same_weights(built, model) and not built.training
+    assert torch.equal(built.encode_image(image), model.encode_image(image))
+    assert all(parameter.requires_grad for parameter in built.parameters())
+    before = model.logit_scale.item()
+    built.logit_scale.data.fill_(0)
+    assert model.logit_scale.item() == before                # a copy
+
+
+def test_build_model_resnet_round_trip():
+    model = make_clip(vision_layers=[2, 1, 1, 3], vision_width=8, image_resolution=64)
+    state = {name: value for name, value in model.state_dict().items()
+             if not name.endswith("num_batches_tracked")}    # as with open_clip's frozen norms
+    built = build_model(state)
+    assert same_weights(built, model)
+    assert built.visual.input_resolution == 64
+
+
+def test_build_model_reads_open_clip_and_archive_entries(model):
+    state = {f"module.{name}": value.half().float() for name, value in model.state_dict().items()}
+    state["module.attn_mask"] = torch.zeros(12, 12)
+    state |= {name: torch.tensor(16) for name in
+              ("input_resolution", "context_length", "vocab_size")}
+    assert build_model(state).state_dict().keys() == model.state_dict().keys()
+
+
+def test_build_model_head_counts(model):
+    state = model.state_dict()
+    assert build_model(state).visual.transformer.resblocks[0].attn.num_heads == 1
+    state |= dict(vision_heads=torch.tensor(4), text_heads=torch.tensor(2))
+    built = build_model(state)
+    assert built.visual.transformer.resblocks[1].attn.num_heads == 4
+    assert built.transformer.resblocks[1].attn.num_heads == 2
+    assert same_weights(built, model)
+    told = build_model(state, vision_heads=8, text_heads=16)
+    assert told.visual.transformer.resblocks[1].attn.num_heads == 8
+    assert told.transformer.resblocks[1].attn.num_heads == 16
+    with pytest.raises(ValueError, match="5 attention heads do not divide a width of 64"):
+        build_model(state, text_heads=5)
+
+
+def test_build_model_names_what_does_not_fit(model):
+    state = model.state_dict()
+    with pytest.raises(ValueError, match=r"1 missing \(ln_final.bias\).*expected the \d+ entries"):
+        build_model({name: value for name, value in state.items() if name != "ln_final.bias"})
+    with pytest.raises(ValueError, match=r"4 left over \(a, b, c, ...\)"):
+        build_model(state | {name: torch.zeros(1) for name in "abcd"})
+    with pytest.raises(ValueError, match=r"1 of another shape \(visual.proj is \(64, 9\), not"):
+        build_model(state | {"visual.proj": torch.zeros(64, 9)})
+    with pytest.raises(ValueError, match="cannot read 'visual.transformer.resblocks.0' from it"):
+        build_model({name: value for name, value in state.items() if "resblocks" not in name})
+    with pytest.raises(ValueError, match="not a CLIP state dict: .* found fc.weight"):
+        build_model({"fc.weight": torch.zeros(2, 2)})
+
+
+# ---- Tokens ------------------------------------------------------------------------------------
+
+
+def test_tokenize():
+    tokens = clip.tokenize(["a photo of a cat.", ""])
+    assert tokens.shape == (2, 77) and tokens.dtype == torch.int32
+    assert tokens[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 269, 49407]
+    assert tokens[1, :3].tolist() == [49406, 49407, 0] and not tokens[0, 8:].any()
+    assert torch.equal(clip.tokenize("a photo of a cat."), tokens[:1])
+
+
+def test_tokenize_too_long():
+    with pytest.raises(RuntimeError, match="'one two three' makes 5 tokens.* length is 4"):
+        clip.tokenize("one two three", context_length=4)
+    cut = clip.tokenize("one two three", context_length=4, truncate=True)
+    whole = clip.tokenize("one two three", context_length=5)
+    assert cut.tolist() == [[*whole[0, :3].tolist(), 49407]]
+
+
+def test_tokenizer_decodes_what_it_encoded():
+    tokenizer = SimpleTokenizer()
+    assert len(tokenizer.encoder) == 49408
+    ids = tokenizer.encode("A  Café &amp; 2 naïve 猫!")
+    assert tokenizer.decode(ids) == "a café & 2 naïve 猫 ! "
+
+
+# ---- load --------------------------------------------------------------------------------------
+
+
+def save(content, path, zipped=False):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(gzip.compress(buffer.getvalue()) if zipped else buffer.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_load_state_dict_files(model, tmp_path, zipped, wrapped):
+    state = model.state_dict()
+    content = {"epoch": 3, "name": "run", "state_dict": state} if wrapped else state
+    path = save(content, tmp_path / "weights.pt", zipped)
+    loaded, _ = clip.load(str(path), device="cpu")
+    assert same_weights(loaded, model) and not loaded.training
+    assert loaded.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "RGB", "1", "CMYK"])
+def test_preprocess_takes_every_mode(model, tmp_path, mode):
+    _, preprocess = clip.load(save(model.state_dict(), tmp_path / "weights.pt"), device="cpu")
+    x = preprocess(Image.new("RGB", (40, 24), "white").convert(mode))
+    assert x.shape == (3, 16, 16) and x.dtype == torch.float32
+    white = (1 - torch.tensor(loading.CLIP_MEAN)) / torch.tensor(loading.CLIP_STD)
+    torch.testing.assert_close(x, white[:, None, None].expand(3, 16, 16))
+
+
+def archive(model, image, tokens, path):
+    """A TorchScript archive with the extra entries of OpenAI's -> its SHA-256."""
+    del model.context_length, model.vocab_size               # there they are buffers
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        model.register_buffer(name, torch.tensor(16))
+    torch.jit.trace(model, (image, tokens), check_trace=False).save(str(path))
+    return loading.hash_file(path)
+
+
+@pytest.mark.filterwarnings("ignore")        # PyTorch would like TorchScript to be forgotten
+def test_torchscript_archives_need_a_known_hash(image, tokens, tmp_path, monkeypatch):
+    path = tmp_path / "archive.pt"
+    sha256 = archive(make_clip(), image, tokens, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("opened an unknown archive"))
+        with pytest.raises(ValueError, match=f"TorchScript archive that is none of.*{sha256}"):
+            clip.load(path)
+    monkeypatch.setitem(loading.TRUSTED_ARCHIVES, sha256, "test")
+    assert same_weights(clip.load(path, device="cpu")[0], make_clip())
+
+
+class Bomb:
+    """Pickled, an order to make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickles_run_nothing(tmp_path):
+    mark, bomb = tmp_path / "mark", Bomb(tmp_path / "mark")
+    files = [save({"state_dict": bomb}, tmp_path / "a.pt"),
+             save({"x": bomb}, tmp_path / "b.pt", zipped=True)]
+    files.append(tmp_path / "c.pt")
+    files[-1].write_bytes(pickle.dumps(bomb, protocol=2))
+    for path in files:
+        with pytest.raises(ValueError, match="not a readable file of PyTorch weights"):
+            clip.load(path)
+    assert not mark.exists()
+
+
+def test_load_names_what_is_wrong(model, tmp_path):
+    for name in ("ViT-Z/3", str(tmp_path), str(tmp_path / "absent.pt")):
+        with pytest.raises(ValueError, match="neither a file nor a model; models: RN50, .*tiny"):
+            clip.load(name)
+    with pytest.raises(ValueError, match="jit=True is not offered"):
+        clip.load("ViT-B/16", jit=True)
+    (tmp_path / "text.pt").write_text("not weights")
+    with pytest.raises(ValueError, match="text.pt: not a readable file of PyTorch weights"):
+        clip.load(tmp_path / "text.pt")
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(ValueError, match="empty.pt: not a readable file"):
+        clip.load(tmp_path / "empty.pt")
+    for content in ([1, 2], {"x": 3}, {4: torch.zeros(1)}, torch.zeros(2)):
+        with pytest.raises(ValueError, match="other.pt: not a state dict: expected a dictionary"):
+            clip.load(save(content, tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match="wrong.pt: not a CLIP state dict: .* found fc"):
+        clip.load(save({"fc": torch.zeros(1)}, tmp_path / "wrong.pt"))
+
+
+def test_truncated_files(model, tmp_path):
+    for zipped, message in ((False, "not a readable file"), (True, "damaged gzip file")):
+        path = save(model.state_dict(), tmp_path / "weights.pt", zipped)
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(ValueError, match=f"weights.pt: {message}"):
+            clip.load(path)
+
+
+def test_tiny_clip_may_be_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "TINY_PATH", tmp_path / "shapes-tiny.pt.gz")
+    with pytest.raises(ValueError, match="is missing; `python -m clip.pretrain` makes it"):
+        clip.load("shapes-tiny")
+    save(make_clip().state_dict(), loading.TINY_PATH, zipped=True)
+    assert clip.load("shapes-tiny", device="cpu")[0].visual.input_resolution == 16
+
+
+# ---- Downloads ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(model, tmp_path, monkeypatch):
+    """A folder in place of OpenAI's server, with one file; returns (file, cache folder)."""
+    source = save(model.state_dict(), tmp_path / "ViT-B-16.pt")
+    monkeypatch.setattr(loading, "URL", tmp_path.as_uri() + "/{file}")
+    monkeypatch.setitem(loading.MODELS, "ViT-B/16", loading.hash_file(source))
+    return source, tmp_path / "cache"
+
+
+def test_download_once(server, model):
+    source, cache = server
+    assert same_weights(clip.load("ViT-B/16", device="cpu", download_root=cache)[0], model)
+    source.unlink()                          # from now on only the cached file can serve
+    assert same_weights(clip.load("ViT-B/16", device="cpu", download_root=cache)[0], model)
+    assert [path.name for path in cache.iterdir()] == ["ViT-B-16.pt"]
+
+
+def test_wrong_download_leaves_nothing(server):
+    source, cache = server
+    source.write_bytes(b"something else")
+    with pytest.raises(OSError, match="cannot download file:.*invalid hash.*put it at .*B-16.pt"):
+        clip.load("ViT-B/16", download_root=cache)
+    assert not list(cache.iterdir())
+
+
+def test_damaged_cache_is_replaced(server, model, capsys):
+    _, cache = server
+    cache.mkdir()
+    (cache / "ViT-B-16.pt").write_bytes(b"half a download")
+    assert same_weights(clip.load("ViT-B/16", device="cpu", download_root=cache)[0], model)
+    assert "does not have the right SHA-256" in capsys.readouterr().err
+
+
+def test_no_connection_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "URL", "http://127.0.0.1:9/{file}")
+    with pytest.raises(OSError, match=r"cannot download http://127.0.0.1:9/RN50.pt .* put it at"):
+        clip.load("RN50", download_root=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_available_models():
+    assert clip.available_models() == list(loading.MODELS) and len(loading.MODELS) == 9
+    assert all(len(sha256) == 64 for sha256 in loading.MODELS.values())
+
+
+# ---- Import ------------------------------------------------------------------------------------
+
+
+def test_import_has_no_side_effects(tmp_path):
+    program = ("import torch; state = torch.get_rng_state(); import clip;"
+               "from clip import clip as loading;"
+               "assert torch.equal(state, torch.get_rng_state());"
+               "assert loading.default_tokenizer.cache_info().currsize == 0;"
+               "assert not torch.cuda.is_initialized()")
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | dict(HOME=str(tmp_path), PYTHONPATH=str(root))
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment,
+                            capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())

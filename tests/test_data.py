@@ -1,0 +1,656 @@
+"""data.py: class names, reading files, every data set's tree and labels, views, conversion."""
+
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
+from data import VOID, UserError  # noqa: E402
+
+H, W = 6, 8
+
+
+def save(path, pixels, mode=None):
+    """Write a PNG or JPEG; label maps with mode "P" get a palette, as VOC's have."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, dtype=np.uint8))
+    if mode == "P":
+        image.putpalette(list(range(255, -1, -1)) * 3)
+    image.save(path)
+
+
+def photo(path, height=H, width=W, seed=0):
+    save(path, np.random.default_rng(seed).integers(0, 256, (height, width, 3)))
+
+
+def rows(*values):
+    """A label map H×W whose row i holds values[i]; the last value fills the rest."""
+    values = list(values) + [values[-1]] * (H - len(values))
+    return np.repeat(np.array(values)[:, None], W, axis=1)
+
+
+def first_column(label):
+    assert label.dtype == torch.int64 and label.shape == (H, W)
+    assert (label == label[:, :1]).all()
+    return label[:, 0].tolist()
+
+
+def voc_tree(root, ids=("a", "b"), year="VOC2012", lists="Segmentation",
+             labels="SegmentationClass", label=rows(0, 1, 20, 255)):
+    tree = root / "VOCdevkit" / year
+    for split in ("train", "val"):
+        path = tree / "ImageSets" / lists / f"{split}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(ids) + "\n\n")
+    for n, i in enumerate(ids):
+        photo(tree / "JPEGImages" / f"{i}.jpg", seed=n)
+        save(tree / labels / f"{i}.png", label, "P")
+    return tree
+
+
+# names -------------------------------------------------------------------------------------------
+
+
+def test_counts_of_names_and_templates():
+    counts = {"voc": 20, "context": 59, "ade": 150, "cityscapes": 19, "stuff": 27}
+    assert {name: len(names) for name, names in data.CLASSES.items()} == counts
+    for names in data.CLASSES.values():
+        assert len(set(names)) == len(names)
+        assert all(name == " ".join(name.split()) and name.islower() for name in names)
+    assert data.CLASSES["ade"][44] == "chest of drawers" and data.CLASSES["ade"][-1] == "flag"
+    assert len(data.TEMPLATES) == len(set(data.TEMPLATES)) == 85
+    assert all(t.count("{}") == 1 and t.endswith(".") and t == t.strip() for t in data.TEMPLATES)
+    assert data.TEMPLATES[0] == "a bad photo of a {}."
+    assert data.TEMPLATES[79:81] == ["a tattoo of the {}.", "there is a {} in the scene."]
+    assert data.TEMPLATES[-1] == "this is one {} in the scene."
+
+
+def test_stuff_ids_are_each_in_one_class():
+    ids = [i for text in data.STUFF.values() for i in data._expand(text)]
+    assert sorted(ids) == list(range(182))
+    assert (data.STUFF_IDS[182:255] == -1).all() and data.STUFF_IDS[255] == VOID
+    for raw, name in {0: "person", 1: "vehicle", 8: "vehicle", 9: "outdoor", 90: "indoor",
+                      152: "food stuff", 155: "furniture stuff", 156: "sky", 181: "solid",
+                      114: "floor", 178: "water", 94: "building", 93: "plant"}.items():
+        assert data.CLASSES["stuff"][data.STUFF_IDS[raw]] == name
+
+
+def test_context_ids():
+    assert len(data.CONTEXT_IDS) == 60 and data.CONTEXT_IDS == sorted(set(data.CONTEXT_IDS))
+
+
+def test_palette_is_vocs():
+    known = [(128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128),
+             (128, 128, 128), (64, 0, 0)]
+    assert data.palette(20)[:8].tolist() == [list(c) for c in known]
+    assert data.palette(20)[19].tolist() == [0, 64, 128]
+    assert len(set(map(tuple, data.palette(150).tolist())) - {(0, 0, 0)}) == 150
+    assert len(data.CITYSCAPES_PALETTE) == 19
+
+
+def test_parse_classes(tmp_path):
+    assert data.parse_classes("cat, dog,  potted   plant") == ["cat", "dog", "potted plant"]
+    path = tmp_path / "names.txt"
+    path.write_text("# pets\ncat\n\ndog  # the second\nsofa, red\n")
+    assert data.parse_classes(str(path)) == ["cat", "dog", "sofa, red"]
+    for text, message in {"": "no class names", "cat,,dog": "class name 2 is empty",
+                          "cat, Dog, dog": 'class name "dog" is repeated',
+                          "pets.txt": "no file pets.txt",
+                          ",".join(map(str, range(256))): "256 classes"}.items():
+        with pytest.raises(UserError, match=message):
+            data.parse_classes(text)
+    path.write_text("# nothing\n")
+    with pytest.raises(UserError, match="no class names in the file"):
+        data.parse_classes(str(path))
+
+
+# images ------------------------------------------------------------------------------------------
+
+
+def pixel(path):
+    image = data.read_image(path)
+    assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.is_contiguous()
+    assert data.image_size(path) == tuple(image.shape[1:])
+    return image[:, 0, 0].tolist()
+
+
+def test_read_image_in_every_mode(tmp_path):
+    def stored(image, name="x.png", **options):
+        image.save(tmp_path / name, **options)
+        return pixel(tmp_path / name)
+
+    size = (W, H)
+    assert stored(Image.new("RGB", size, (10, 20, 30))) == [10, 20, 30]
+    assert stored(Image.new("L", size, 77)) == [77, 77, 77]
+    assert stored(Image.new("1", size, 1)) == [255, 255, 255]
+    palette = Image.new("P", size, 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    assert stored(palette) == [200, 100, 50]
+    assert stored(palette, transparency=1) == [255, 255, 255]
+    assert stored(Image.new("RGBA", size, (10, 20, 30, 255))) == [10, 20, 30]
+    assert stored(Image.new("RGBA", size, (10, 20, 30, 0))) == [255, 255, 255]
+    half = stored(Image.new("RGBA", size, (0, 100, 200, 128)))
+    assert half == pytest.approx([127, 177, 227], abs=1)
+    assert stored(Image.new("LA", size, (40, 0))) == [255, 255, 255]
+    cmyk = stored(Image.new("CMYK", size, (255, 0, 0, 0)), "x.jpg", quality=100)
+    assert cmyk == pytest.approx([0, 255, 255], abs=3)
+    for value, expected in {65535: 255, 0x8000: 128, 255: 0, 256: 1}.items():
+        image = Image.fromarray(np.full((H, W), value, dtype=np.uint16))
+        assert stored(image) == stored(image, "x.tif") == [expected] * 3
+    with pytest.raises(UserError, match="x.tif holds floating-point pixels"):
+        stored(Image.new("F", size, 0.5), "x.tif")
+    with pytest.raises(UserError, match="x.tif has 32 bits a pixel"):
+        stored(Image.new("I", size, 1 << 20), "x.tif")
+
+
+def test_exif_orientation(tmp_path):
+    pixels = np.zeros((H, W, 3), dtype=np.uint8)
+    pixels[:, : W // 2] = 255  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise: the left side becomes the top
+    for name in ("turned.jpg", "turned.png"):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+        image = data.read_image(tmp_path / name)
+        assert image.shape == (3, W, H) and data.image_size(tmp_path / name) == (W, H)
+        assert (image[:, : W // 2] > 200).all() and (image[:, W // 2:] < 50).all()
+
+
+def test_broken_images(tmp_path):
+    photo(tmp_path / "whole.jpg", 64, 64)
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not an image")
+    for name in ("cut.jpg", "empty.png", "text.jpg"):
+        with pytest.raises(UserError, match=f"cannot read image .*{name}"):
+            data.read_image(tmp_path / name)
+    with pytest.raises(UserError, match="no image .*gone.jpg"):
+        data.read_image(tmp_path / "gone.jpg")
+    save(tmp_path / "label.png", np.zeros((H, W, 3)))
+    with pytest.raises(UserError, match="label.png is a RGB picture; expected one channel"):
+        data.read_label(tmp_path / "label.png")
+
+
+# data sets ---------------------------------------------------------------------------------------
+
+
+def test_voc(tmp_path):
+    tree = voc_tree(tmp_path)
+    for root in (tmp_path, tmp_path / "VOCdevkit", tree):
+        voc = data.open_dataset("voc", root, "val")
+        assert voc.ids == ["a", "b"] and len(voc) == 2 and voc.has_labels
+        assert voc.image(1).shape == (3, H, W)
+        assert first_column(voc.label(0)) == [VOID, 0, 19, VOID, VOID, VOID]
+    assert not torch.equal(voc.image(0), voc.image(1))
+
+
+def test_context(tmp_path):
+    voc_tree(tmp_path, year="VOC2010", lists="SegmentationContext",
+             labels="SegmentationClassContext", label=rows(0, 1, 59))
+    context = data.open_dataset("context", tmp_path, "train")
+    assert first_column(context.label(0)) == [VOID, 0, 58, 58, 58, 58]
+
+
+def test_ade(tmp_path):
+    tree = tmp_path / "ADEChallengeData2016"
+    for n, i in enumerate(("ADE_2", "ADE_1")):
+        photo(tree / "images" / "validation" / f"{i}.jpg", seed=n)
+        save(tree / "annotations" / "validation" / f"{i}.png", rows(0, 1, 150))
+    for root in (tmp_path, tree):
+        ade = data.open_dataset("ade", root, "val")
+        assert ade.ids == ["ADE_1", "ADE_2"]
+        assert first_column(ade.label(0)) == [VOID, 0, 149, 149, 149, 149]
+
+
+def test_cityscapes_in_both_encodings(tmp_path):
+    def files(i):
+        stem = tmp_path / "cityscapes" / "gtFine" / "val" / "bonn" / f"{i}_gtFine_"
+        return Path(f"{stem}labelIds.png"), Path(f"{stem}labelTrainIds.png")
+
+    for i in ("bonn_1", "bonn_2"):
+        photo(tmp_path / "cityscapes" / "leftImg8bit" / "val" / "bonn" / f"{i}_leftImg8bit.png")
+    save(files("bonn_1")[0], rows(0, 7, 26, 33, 29, 10))
+    save(files("bonn_2")[0], rows(7))
+    save(files("bonn_2")[1], rows(255, 0, 13, 18))  # goes first
+    for root in (tmp_path, tmp_path / "cityscapes"):
+        city = data.open_dataset("cityscapes", root, "val")
+        assert city.ids == ["bonn/bonn_1", "bonn/bonn_2"] and city.has_labels
+        assert first_column(city.label(0)) == [VOID, 0, 13, 18, VOID, VOID]
+        assert first_column(city.label(1)) == [VOID, 0, 13, 18, 18, 18]
+    assert city.palette is data.CITYSCAPES_PALETTE
+    assert [int(i) for i in data.CITYSCAPES_IDS if 0 <= i < VOID] == list(range(19))
+
+
+@pytest.mark.parametrize("images, label, raw, expected", [
+    ("images", "annotations/val2017/7_27labelTrainIds.png", (255, 0, 26), [VOID, 0, 26]),
+    ("images", "annotations/val2017/7.png", (255, 0, 181), [VOID, 9, 24]),
+    ("images", "stuffthingmaps/val2017/7.png", (255, 0, 71), [VOID, 9, 0]),
+    (".", "stuffthingmaps/val2017/7.png", (255, 0, 156), [VOID, 9, 23]),
+])
+def test_stuff_in_every_layout(tmp_path, images, label, raw, expected):
+    photo(tmp_path / images / "val2017" / "7.jpg")
+    save(tmp_path / label, rows(*raw))
+    stuff = data.open_dataset("stuff", tmp_path, "val")
+    assert stuff.ids == ["7"] and stuff.has_labels
+    assert first_column(stuff.label(0))[:3] == expected
+
+
+def test_stuff_prefers_the_authors_labels(tmp_path):
+    photo(tmp_path / "images" / "val2017" / "7.jpg")
+    save(tmp_path / "annotations" / "val2017" / "7.png", rows(0))
+    save(tmp_path / "annotations" / "val2017" / "7_27labelTrainIds.png", rows(3))
+    assert first_column(data.open_dataset("stuff", tmp_path, "val").label(0))[0] == 3
+
+
+def test_folder(tmp_path):
+    for name in ("b.JPG", "a.png", "b.png", "sub/a.png", ".hidden.png", ".cache/c.png"):
+        photo(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    train, val = (data.open_dataset("folder", tmp_path, split, ["cat", "dog"])
+                  for split in ("train", "val"))
+    assert train.ids == val.ids == ["a.png", "b.JPG", "b.png", "sub/a.png"]
+    assert not val.has_labels and val.classes == ["cat", "dog"]
+    assert val.image(3).shape == (3, H, W)
+    with pytest.raises(UserError, match="no label for image a.png of folder"):
+        val.label(0)
+
+
+def test_trees_without_labels_open(tmp_path):
+    tree = voc_tree(tmp_path)
+    os.remove(tree / "SegmentationClass" / "b.png")
+    voc = data.open_dataset("voc", tmp_path, "val")
+    with pytest.raises(UserError, match=r"1 of 2 labels of voc val are missing, .*b\.png"):
+        voc.has_labels
+    with pytest.raises(UserError, match=r"no label for image b .*SegmentationClass.b\.png"):
+        voc.label(1)
+    os.remove(tree / "SegmentationClass" / "a.png")
+    os.rmdir(tree / "SegmentationClass")
+    voc = data.open_dataset("voc", tmp_path, "val")
+    assert not voc.has_labels and voc.image(0).shape == (3, H, W)
+
+
+def test_wrong_trees(tmp_path):
+    def fails(message, *args, **kwargs):
+        with pytest.raises(UserError, match=message):
+            data.open_dataset(*args, **kwargs)
+
+    fails('no data set "coco"', "coco", tmp_path)
+    fails('no split "test"', "voc", tmp_path, "test")
+    fails("voc needs --data-root", "voc")
+    fails("no folder .*nowhere", "voc", tmp_path / "nowhere")
+    fails("--classes goes with --dataset folder", "voc", tmp_path, classes=["cat"])
+    fails("folder needs --classes", "folder", tmp_path)
+    fails("no images of folder train in .*expected .jpg", "folder", tmp_path, classes=["cat"])
+    for name, expected in {"voc": "VOCdevkit/VOC2012/JPEGImages", "ade": "images/training",
+                           "context": "VOCdevkit/VOC2010/JPEGImages", "stuff": "images/train2017",
+                           "cityscapes": "leftImg8bit/train"}.items():
+        fails(f"no {name} in .*expected .*{expected}; see README, Data sets", name, tmp_path)
+    (tmp_path / "leftImg8bit" / "train").mkdir(parents=True)
+    fails("no images of cityscapes train in .*leftImg8bit.train; expected ID_leftImg8bit.png",
+          "cityscapes", tmp_path)
+
+    tree = voc_tree(tmp_path)
+    listed = tree / "ImageSets" / "Segmentation" / "train.txt"
+    listed.write_text("a\nc\n")
+    fails("1 of the 2 images in .*train.txt are missing, the first .*c.jpg", "voc", tmp_path)
+    listed.write_text("a\nb\na\n")
+    fails("train.txt lists a twice", "voc", tmp_path)
+    listed.write_text("\n")
+    fails("no images of voc train in .*train.txt", "voc", tmp_path)
+    listed.unlink()
+    fails("cannot read the list of images .*train.txt: no such file", "voc", tmp_path)
+
+
+def test_wrong_labels(tmp_path):
+    path = voc_tree(tmp_path) / "SegmentationClass" / "a.png"
+    voc = data.open_dataset("voc", tmp_path, "val")
+    save(path, rows(0, 21), "P")
+    with pytest.raises(UserError, match="a.png holds the id 21, which voc"):
+        voc.label(0)
+    Image.fromarray(np.full((H, W), 300, dtype=np.uint16)).save(path)
+    with pytest.raises(UserError, match="a.png holds the id 300"):
+        voc.label(0)
+    save(path, rows(0)[:, :5], "P")
+    with pytest.raises(UserError, match="a.png is 5×6 pixels, its image 8×6"):
+        voc.label(0)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot read label .*a.png"):
+        voc.label(0)
+
+
+# views -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height, width, scale, ratio, expected", [
+    (375, 500, (2048, 336), 1.0, (336, 448)),     # release, VOC
+    (375, 500, (520, 520), 1.0, (390, 520)),      # paper, Context: the long side is bounded
+    (1024, 2048, (2048, 448), 1.0, (448, 896)),   # release, Cityscapes
+    (1024, 2048, (1024, 512), 1.0, (512, 1024)),  # paper, Cityscapes
+    (100, 1000, (2048, 512), 1.0, (205, 2048)),   # a panorama: 1000·2.048 long, 204.8 short
+    (1000, 100, (512, 2048), 1.0, (2048, 205)),   # the order within the scale is immaterial
+    (375, 500, (2048, 336), 0.5, (168, 224)),
+    (375, 500, (2048, 336), 2.0, (672, 896)),
+    (1, 900, (20, 10), 1.0, (1, 20)),             # never zero pixels
+])
+def test_resize_to_scale(height, width, scale, ratio, expected):
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    assert tuple(data.resize_to_scale(image, scale, ratio).shape[1:]) == expected
+
+
+def test_evaluation_view_is_antialiased():
+    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    stripes[:, :, ::2] = 255
+    small = data.evaluation_view(stripes, (16, 16))
+    assert small.dtype == torch.uint8 and (small.float() - 127.5).abs().max() < 20
+
+
+def test_training_view_without_distortion_is_a_cut_of_the_image():
+    torch.manual_seed(0)
+    image = torch.arange(3 * 20 * 30, dtype=torch.int64).remainder(251).to(torch.uint8)
+    image = image.view(3, 20, 30)
+    flips = 0
+    for _ in range(20):  # ratio 1 and a scale of the image's own size: nothing is resized
+        view, size = data.training_view(image, (30, 20), 16, (1.0, 1.0), distort=False)
+        assert size == (16, 16) and view.shape == (3, 16, 16)
+        cuts = image.unfold(1, 16, 1).unfold(2, 16, 1)  # 3×5×15×16×16
+        straight = (cuts == view[:, None, None]).flatten(3).all(-1).all(0).any().item()
+        mirrored = (cuts == view.flip(-1)[:, None, None]).flatten(3).all(-1).all(0).any().item()
+        assert straight or mirrored
+        flips += mirrored
+    assert 3 < flips < 17
+
+
+def test_training_view_pads_and_normalise_makes_padding_zero():
+    torch.manual_seed(1)
+    image = torch.full((3, 20, 30), 200, dtype=torch.uint8)
+    view, (h, w) = data.training_view(image, (30, 20), 40, (1.0, 1.0), distort=False)
+    assert (h, w) == (20, 30) and view.shape == (3, 40, 40)
+    images, sizes = torch.stack([view, view]), torch.tensor([[20, 30], [5, 40]])
+    kept = images.clone()
+    out = data.normalise(images, data.CLIP_MEAN, data.CLIP_STD, sizes)
+    assert torch.equal(images, kept) and out.dtype == torch.float32
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.CLIP_MEAN, data.CLIP_STD))
+    expected = (view / 255 - mean) / std
+    for n, (height, width) in enumerate(sizes.tolist()):
+        assert torch.allclose(out[n, :, :height, :width], expected[:, :height, :width])
+        assert (out[n, :, height:] == 0).all() and (out[n, :, :, width:] == 0).all()
+    full = data.normalise(images, data.CLIP_MEAN, data.CLIP_STD)
+    assert torch.allclose(full[0], expected)
+    floats = torch.ones(1, 3, 2, 2)
+    data.normalise(floats, data.CLIP_MEAN, data.CLIP_STD)
+    assert (floats == 1).all()  # the argument is left alone
+
+
+def test_photometric_distortion():
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (3, 12, 12)).to(torch.uint8)
+    results = [data.photometric_distortion(image) for _ in range(64)]
+    assert all(r.dtype == torch.uint8 and r.shape == image.shape for r in results)
+    unchanged = sum(torch.equal(r, image) for r in results)
+    assert 0 < unchanged < 20  # one in 16 is expected
+    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    levels = torch.stack([data.photometric_distortion(grey) for _ in range(300)]).float()
+    assert levels.std(1).max() < 2  # grey stays grey: no step favours a channel
+    assert levels.min() < 60 and levels.max() > 150  # both product and sum are at work
+    assert levels.min() >= (100 - 32) * 0.5 - 2 and levels.max() <= (100 + 32) * 1.5 + 2
+
+
+def test_contrast_comes_before_or_after_the_colour_steps(monkeypatch):
+    torch.manual_seed(0)
+    steps, seen = [], set()
+    for name in ("brightness", "saturation", "hue"):  # adjust_brightness is our "contrast"
+        monkeypatch.setattr(data.TF, f"adjust_{name}",
+                            lambda image, factor, name=name: steps.append(name) or image)
+    for _ in range(200):
+        steps.clear()
+        data.photometric_distortion(torch.zeros(3, 2, 2, dtype=torch.uint8))
+        seen.add(tuple(steps))
+    contrast, colours = ("brightness",), [(), ("saturation",), ("hue",), ("saturation", "hue")]
+    assert seen == {order for c in colours for order in (c, contrast + c, c + contrast)}
+
+
+def views(root, **changes):
+    return data.TrainingViews(data.open_dataset("voc", root, "train"),
+                              **{"scale": (40, 24), "crop": 16, "seed": 3, **changes})
+
+
+def test_training_views_depend_on_seed_epoch_and_id_alone(tmp_path):
+    voc_tree(tmp_path, ids=("a", "b", "c"))
+    some = views(tmp_path)
+    keys = [(e, i) for e in range(2) for i in range(3)]
+    first = {key: some[key] for key in keys}
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    for key in reversed(keys):
+        again = some[key]
+        assert torch.equal(again["view"], first[key]["view"])
+        assert torch.equal(again["size"], first[key]["size"]) and again["index"] == key[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first[0, 0]["view"], first[1, 0]["view"])
+    assert not torch.equal(first[0, 0]["view"], views(tmp_path, seed=4)[0, 0]["view"])
+
+    # by the id, not the position
+    listed = tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt"
+    listed.write_text("c\na\n")
+    assert torch.equal(views(tmp_path)[1, 0]["view"], first[1, 2]["view"])
+    listed.write_text("a\nb\nc\n")
+
+    loader = torch.utils.data.DataLoader(some, batch_sampler=[keys[:3], keys[3:]], num_workers=1)
+    for batch, part in zip(loader, (keys[:3], keys[3:])):
+        assert torch.equal(batch["view"], torch.stack([first[key]["view"] for key in part]))
+        assert batch["size"].shape == (3, 2) and batch["index"].tolist() == [0, 1, 2]
+
+
+def test_draw_seed():
+    assert data.draw_seed(0, 1, "a", "view") == 5165717157452797070  # by sha256sum
+    seeds = {data.draw_seed(s, e, i) for s in range(3) for e in range(3) for i in ("1", "2", 1)}
+    assert len(seeds) == 27 and all(0 <= s < 1 << 63 for s in seeds)
+
+
+def test_labels_are_never_opened_for_training(tmp_path, monkeypatch):
+    tree = voc_tree(tmp_path)
+    before = views(tmp_path)[0, 0]["view"]
+
+    def refuse(path):
+        raise AssertionError(f"opened the label {path}")
+
+    monkeypatch.setattr(data, "read_label", refuse)
+    assert torch.equal(views(tmp_path)[0, 0]["view"], before)
+    voc = data.open_dataset("voc", tmp_path, "val")
+    assert voc.has_labels and voc.image(0).shape == (3, H, W) and voc.size(0) == (H, W)
+    for path in (tree / "SegmentationClass").iterdir():
+        path.unlink()
+    (tree / "SegmentationClass").rmdir()
+    assert torch.equal(views(tmp_path)[0, 0]["view"], before)
+
+
+# Pascal Context ----------------------------------------------------------------------------------
+
+
+def mat_element(order, kind, content):
+    """An element of a MAT 5 file: small ones packed into eight bytes, others padded."""
+    if 0 < len(content) <= 4:
+        words = (len(content) << 16 | kind,)
+        return struct.pack(order + "I", *words) + content.ljust(4, b"\0")
+    return struct.pack(order + "II", kind, len(content)) + content + b"\0" * (-len(content) % 8)
+
+
+def mat_file(path, name, array, order="<", compressed=True, stored=None, mat_class=11):
+    stored = stored or {"u1": 2, "u2": 4}[array.dtype.str[1:]]
+    body = (mat_element(order, 6, struct.pack(order + "II", mat_class, 0))
+            + mat_element(order, 5, struct.pack(order + f"{array.ndim}i", *array.shape))
+            + mat_element(order, 1, name.encode())
+            + mat_element(order, stored, array.astype(array.dtype.newbyteorder(order))
+                          .tobytes(order="F")))
+    element = mat_element(order, 14, body)
+    if compressed:
+        squeezed = zlib.compress(element)  # the one kind of element that is not padded
+        element = struct.pack(order + "II", 15, len(squeezed)) + squeezed
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(order + "HH", 0x0100, 0x4D49)
+    path.write_bytes(header + element)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("name", ["LabelMap", "x"])
+def test_mat_round_trip(tmp_path, order, compressed, name):
+    array = np.arange(35, dtype=np.uint16).reshape(5, 7) * 13
+    for array in (array, (array // 13).astype(np.uint8), array[:1, :2]):  # narrow and tiny ones
+        mat_file(tmp_path / "x.mat", name, array, order, compressed)
+        (found, values), = data.read_mat_v5(tmp_path / "x.mat").items()
+        assert found == name and values.dtype == np.uint16
+        assert np.array_equal(values, array)
+
+
+def test_mat_with_several_variables(tmp_path):
+    one, other = (np.full((3, n), n, dtype=np.uint16) for n in (5, 6))
+    for compressed in (True, False):
+        mat_file(tmp_path / "x.mat", "one", one, compressed=compressed)
+        first = (tmp_path / "x.mat").read_bytes()
+        assert not compressed or len(first) % 8  # what follows is not aligned
+        mat_file(tmp_path / "x.mat", "other", other, compressed=compressed)
+        (tmp_path / "x.mat").write_bytes(first + (tmp_path / "x.mat").read_bytes()[128:])
+        found = data.read_mat_v5(tmp_path / "x.mat")
+        assert list(found) == ["one", "other"]
+        assert np.array_equal(found["one"], one) and np.array_equal(found["other"], other)
+
+
+def test_mat_skips_what_is_not_numeric_and_refuses_damage(tmp_path):
+    path = tmp_path / "x.mat"
+    array = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    mat_file(path, "text", array, mat_class=4)
+    assert data.read_mat_v5(path) == {}
+    for compressed in (True, False):
+        mat_file(path, "LabelMap", array, compressed=compressed)
+        whole = path.read_bytes()
+        for length in (0, 60, 130, 140, 200, len(whole) // 2, len(whole) - 9):
+            path.write_bytes(whole[:length])
+            with pytest.raises(UserError, match="cannot read .*x.mat: .*expected a .mat file"):
+                data.read_mat_v5(path)
+    path.write_bytes(b"MATLAB 7.3".ljust(124) + struct.pack("<HH", 0x0200, 0x4D49) + bytes(64))
+    with pytest.raises(UserError, match="not a MATLAB 5 file"):
+        data.read_mat_v5(path)
+    with pytest.raises(UserError, match="no such file"):
+        data.read_mat_v5(tmp_path / "gone.mat")
+
+
+def test_convert_context(tmp_path, capsys):
+    tree = tmp_path / "VOCdevkit" / "VOC2010"
+    for i in ("a", "b", "c"):
+        photo(tree / "JPEGImages" / f"{i}.jpg")
+    (tree / "ImageSets" / "Main").mkdir(parents=True)
+    (tree / "ImageSets" / "Main" / "train.txt").write_text("a\nc\n")
+    (tree / "ImageSets" / "Main" / "val.txt").write_text("b\n")
+    mats = tmp_path / "trainval"
+    mats.mkdir()
+    mat_file(mats / "a.mat", "LabelMap", rows(0, 1, 2, 458, 459, 9).astype(np.uint16))
+    mat_file(mats / "b.mat", "LabelMap", rows(2).astype(np.uint8), compressed=False)
+    data.convert_context(mats, tmp_path)
+    assert "converted 2 of 2" in capsys.readouterr().out
+    train, val = (data.open_dataset("context", tmp_path, split) for split in ("train", "val"))
+    assert train.ids == ["a"] and val.ids == ["b"]
+    assert first_column(train.label(0)) == [VOID, VOID, 0, 58, VOID, 1]
+    assert first_column(val.label(0)) == [0] * H
+    assert not list(tree.rglob("*.tmp"))
+
+    # a second run leaves what is there
+    out = tree / "SegmentationClassContext" / "b.png"
+    save(out, rows(5))
+    data.convert_context(mats, tmp_path)
+    assert first_column(val.label(0)) == [4] * H
+
+    mat_file(mats / "c.mat", "LabelMap", rows(460).astype(np.uint16))
+    with pytest.raises(UserError, match="c.mat: LabelMap has ids outside 0–459"):
+        data.convert_context(mats, tmp_path)
+    mat_file(mats / "c.mat", "Other", rows(4).astype(np.uint16))
+    with pytest.raises(UserError, match="c.mat has no matrix LabelMap"):
+        data.convert_context(mats, tmp_path)
+    with pytest.raises(UserError, match="no .mat files in"):
+        data.convert_context(tmp_path / "nowhere", tmp_path)
+    (mats / "c.mat").unlink()
+    (tree / "ImageSets" / "SegmentationContext" / "val.txt").unlink()
+    (tree / "ImageSets" / "Main" / "val.txt").unlink()
+    with pytest.raises(UserError, match="converted, but there is no list .*val.txt"):
+        data.convert_context(mats, tmp_path)
+
+
+# the command -------------------------------------------------------------------------------------
+
+
+def test_main_describes_a_data_set(tmp_path, capsys):
+    voc_tree(tmp_path)
+    out = tmp_path / "sheets" / "voc.png"
+    data.main(["--dataset", "voc", "--data-root", str(tmp_path), "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "voc train: 2 images, 2 labels, 20 classes" in said and "height: 6 to 6" in said
+    lines = {line[:28].strip(): line[28:].split() for line in said.splitlines()}
+    assert lines["0 airplane"] == lines["19 tv monitor"] == ["50.00", "50.00"]
+    assert lines["void, of all pixels"] == ["66.67", "66.67"]
+    with Image.open(out) as sheet:
+        assert sheet.mode == "RGB" and sheet.width > 900
+
+
+def test_main_without_labels_and_with_one_split(tmp_path, capsys):
+    for n in range(15):
+        photo(tmp_path / f"{n}.jpg", 10 + n, 20)
+    data.main(["--dataset", "folder", "--data-root", str(tmp_path), "--classes", "cat, dog",
+               "--limit", "5", "--out", str(tmp_path / "sheet.png")])
+    said = capsys.readouterr().out
+    assert "folder val: 15 images, no labels, 2 classes" in said and "per cent" not in said
+    photo(tmp_path / "leftImg8bit" / "val" / "bonn" / "1_leftImg8bit.png")
+    data.main(["--dataset", "cityscapes", "--data-root", str(tmp_path),
+               "--out", str(tmp_path / "sheet.png")])
+    said = capsys.readouterr().out
+    assert "one split cannot be opened: no cityscapes" in said
+    assert "cityscapes val: 1 images, no labels" in said
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--dataset", "voc"], "needs --data-root"),
+    (["--dataset", "voc", "--data-root", "nowhere"], "no folder nowhere"),
+    (["--dataset", "stuff", "--download"], "--download cannot fetch stuff; get it from"),
+    (["--dataset", "folder", "--download"], "nothing to download"),
+    (["--dataset", "voc", "--download"], "--download needs --data-root"),
+    (["--dataset", "voc", "--convert", "mats"], "--convert goes with --dataset context"),
+    (["--dataset", "voc", "--limit", "0"], "--limit is 0"),
+    (["--dataset", "folder", "--classes", "cat, cat"], 'class name "cat" is repeated'),
+])
+def test_mistakes_end_with_one_line_and_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        data.main(arguments)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert message in said
+
+
+def test_an_error_in_a_worker_is_one_line_too(tmp_path, capsys):
+    (voc_tree(tmp_path) / "JPEGImages" / "a.jpg").write_bytes(b"")
+
+    @data.clean_exit
+    def load():
+        list(torch.utils.data.DataLoader(views(tmp_path), batch_sampler=[[(0, 0)]], num_workers=1))
+
+    with pytest.raises(SystemExit) as end:
+        load()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: cannot read image") and "a.jpg" in said
+
+
+def test_failed_downloads(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(data.torchvision.datasets, "VOCSegmentation", refuse)
+    monkeypatch.setattr(data.torchvision.datasets.utils, "download_and_extract_archive", refuse)
+    for name in ("voc", "ade"):
+        with pytest.raises(UserError, match=f"downloading {name} into .*unreachable; try again"):
+            data.download(name, tmp_path)

@@ -1,0 +1,170 @@
+"""Values recorded from OpenAI's CLIP and from the ReCLIP authors' program, to be met again.
+
+The environment variable GOLDEN names another folder with the same files.
+"""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import clip
+import reclip
+from clip.model import build_model
+from clip.simple_tokenizer import SimpleTokenizer
+
+GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).with_name("golden")))
+
+
+def golden(name):
+    """The recorded dictionary; its state dicts are float16, which .float() restores exactly."""
+    with gzip.open(GOLDEN / f"{name}.pt.gz") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+# ---- clip/ -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_clip_vit():
+    recorded = golden("clip_vit")
+    model = build_model(recorded["state_dict"])
+    tokens = clip.tokenize(recorded["texts"])
+    assert torch.equal(tokens.long(), recorded["tokens"].long())
+    assert_close(model.encode_image(recorded["image"]), recorded["image_features"])
+    assert_close(model.encode_text(tokens), recorded["text_features"])
+    per_image, per_text = model(recorded["image"], tokens)
+    assert_close(per_image, recorded["logits_per_image"])
+    assert torch.equal(per_text, per_image.t())
+
+
+@torch.no_grad()
+def test_clip_resnet():
+    recorded = golden("clip_resnet")
+    model = build_model(recorded["state_dict"])
+    assert_close(model.encode_image(recorded["image"]), recorded["image_features"])
+    assert_close(model.encode_text(recorded["tokens"]), recorded["text_features"])
+
+
+def test_tokenizer():
+    recorded = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = SimpleTokenizer()
+    for case in recorded:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+
+
+# ---- reclip.py ---------------------------------------------------------------------------------
+
+
+def dense():
+    """The CLIP and the images of clip_vit and dense, with Z of unit length and p."""
+    recorded = golden("dense")
+    model = build_model(golden("clip_vit")["state_dict"]).requires_grad_(False)
+    features = reclip.dense_features(model.visual, recorded["images"])
+    return model, recorded, features
+
+
+def test_dense():
+    model, recorded, features = dense()
+    h, w = recorded["grid"].tolist()
+    tokens, grid = reclip.tokens_before_last_block(model.visual, recorded["images"])
+    assert grid == (h, w)
+    values = reclip.value_features(model.visual, tokens[:, 1:], "program")
+    assert_close(values.mT.unflatten(2, grid), recorded["value_features"])
+    assert_close(F.normalize(features, dim=1), F.normalize(recorded["Z"], dim=1))
+    p = reclip.resized_positions(model.visual, h, w)
+    assert_close(p.flatten(2).mT, recorded["positional_embedding"])
+    whole = reclip.global_feature(model.visual, recorded["images"])
+    assert_close(whole, F.normalize(recorded["image_features"], dim=-1))
+
+
+AUTHORS_NAMES = {"text_encoder.prompt_token": "reference.prompt", "pe_proj": "position",
+                 "proj_net": "position", "decoder_conv2": "decoder.conv",
+                 "decoder_norm2": "decoder.norm"}
+
+
+def renamed(state):
+    """A state dict or gradients in the authors' names → the same in ours."""
+    ours = {}
+    for key, value in state.items():
+        old = next(old for old in AUTHORS_NAMES if key.startswith(old))
+        ours[AUTHORS_NAMES[old] + key[len(old):]] = value
+    ours["reference.prompt"] = ours["reference.prompt"][0]
+    return ours
+
+
+def recorded_rectifier(recorded, method):
+    """A Rectifier with the recorded weights and the authors' three-token suffixes; its inputs."""
+    model, _, features = dense()
+    weights = renamed(recorded["weights"])
+    rectifier = reclip.Rectifier(model, recorded["class_names"], recorded["Wq"], method)
+    if method == "reclip":
+        hidden = [len(weights[f"position.{i}.weight"]) for i in (0, 3)]
+        width, C = model.visual.proj.shape[0], len(recorded["Wq"])
+        rectifier.position = reclip.PositionLogits(width, C, hidden)
+    rectifier.reference.prompt = torch.nn.Parameter(weights.pop("reference.prompt"))
+    rectifier.reference.suffix = recorded["suffix_tokens"].long()
+    missing, unexpected = rectifier.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) == {"Wq", "reference.prompt", "reference.suffix", "reference.start"}
+    p = reclip.resized_positions(model.visual, *features.shape[2:])
+    return model, rectifier, F.normalize(features, dim=1), p
+
+
+def check_training_step(model, rectifier, Z, p, recorded, temperature, expected):
+    """The recorded step: logits, loss and gradients in training mode, Gumbel noise off."""
+    rectifier.train()
+    Mq, logits = rectifier(Z, p, rectifier.reference(model))
+    assert_close(logits, expected)
+    hypothesis = torch.zeros(Mq.shape[:2], dtype=torch.bool)
+    for row, labels in zip(hypothesis, recorded["labels"]):
+        row[labels] = True
+    masks = reclip.gumbel_masks(logits, temperature)
+    similarities = reclip.masked_pooling(masks, Mq)
+    # Pooling Z and multiplying by Wq afterwards, as the papers put it, is the same.
+    assert_close(reclip.masked_pooling(masks, Z) @ rectifier.Wq.T, similarities, 1e-5)
+    loss = reclip.contrastive_loss(similarities, hypothesis, 1 / model.logit_scale.exp())
+    assert abs(loss.item() / recorded["loss"].item() - 1) < 1e-3
+    loss.backward()
+    learned = dict(rectifier.named_parameters())
+    gradients = renamed(recorded["grads"])
+    assert set(gradients) == set(learned)
+    for name, gradient in gradients.items():
+        # Biases before a BatchNorm have rounding errors for a gradient; hence the floor.
+        scale = max(gradient.abs().max().item(), 1e-4)
+        assert (learned[name].grad - gradient).abs().max().item() <= 1e-3 * scale, name
+
+
+def test_reclip_plus_plus():
+    recorded = golden("reclippp")
+    model, rectifier, Z, p = recorded_rectifier(recorded, "reclip++")
+    with torch.no_grad():
+        reference = rectifier.reference
+        prefix = torch.cat([reference.start, reference.prompt])
+        assert_close(reclip.encode_shared_prefix(model, prefix, reference.suffix), recorded["Wr"])
+        Wr = reference(model)
+        assert_close(Wr, recorded["Wr_normalised"])
+        Mq, Mo = rectifier.eval()(Z, p, Wr)
+        Mb = rectifier.bias(Z, p, Wr)
+        assert_close(Mq, recorded["Mq"])
+        assert_close(Mb, recorded["Mb"])
+        assert_close(Mq - Mb, recorded["M"])
+        assert_close(Mo, recorded["Mo_eval"])
+    check_training_step(model, rectifier, Z, p, recorded, 0.01, recorded["Mo_train"])
+
+
+def test_reclip():
+    recorded = golden("reclip")
+    model, rectifier, Z, p = recorded_rectifier(recorded, "reclip")
+    with torch.no_grad():
+        Wr = rectifier.reference(model)
+        assert_close(Wr, recorded["Wr_normalised"])
+        assert_close(rectifier.eval()(Z, p, Wr)[1], recorded["M_eval"])
+    check_training_step(model, rectifier, Z, p, recorded, 0.001, recorded["M_train"])

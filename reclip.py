@@ -261,25 +261,33 @@ class Decoder(nn.Module):
         return self.norm(self.conv(torch.cat([Z, M], 1)))
 
 
+METHODS = {  # what each method learns: (bias, decoder)
+    "reclip++": ("independent", True), "reclip": ("joint", False), "maskclip": ("none", False),
+}
+
+
 class Rectifier(nn.Module):
     """All that ReCLIP learns on top of a frozen CLIP, which it is given and does not contain.
 
-    model: a CLIP with a ViT image encoder; classes: C names; Wq: C×D; method: "reclip++", "reclip"
-    or "maskclip" (which learns nothing and subtracts nothing).
+    model: a CLIP with a ViT image encoder; classes: C names; Wq: C×D.
+    bias: how Mb is extracted: "independent" (ReCLIP++), "joint" (ReCLIP), "reference" (ReCLIP
+    without its positional part) or "none". decoder: whether M passes through one. sign: -1 subtracts
+    the bias (Eq. 3), +1 adds it (Table V).
     """
 
-    def __init__(self, model, classes, Wq, method="reclip++"):
+    def __init__(self, model, classes, Wq, bias="independent", decoder=True, sign=-1):
         super().__init__()
         (C, D), width = Wq.shape, model.visual.proj.shape[0]
-        self.method = method
+        self.kind, self.sign = bias, sign
         self.register_buffer("Wq", Wq.clone())
-        if method != "maskclip":
+        if bias != "none":
             self.reference = Reference(model, classes)
-        if method == "reclip++":
+        if bias == "independent":
             self.position = PositionProjection(width, D)
-            self.decoder = Decoder(D, C)
-        elif method == "reclip":
+        if bias == "joint":
             self.position = PositionLogits(width, C)
+        if decoder:
+            self.decoder = Decoder(D, C)
 
     def bias(self, Z, p, Wr):
         """Mb, the bias logit map (Eq. 2): Z B×D×h×w, p 1×width×h×w, Wr C×D → 1×C×h×w or B×C×h×w.
@@ -287,20 +295,24 @@ class Rectifier(nn.Module):
         ReCLIP++ encodes the two biases apart: Mb = Wp·Wrᵀ, the same for every image.
         ReCLIP lets the image in: Mb = Mr + Mp with Mr = Z·Wrᵀ.
         """
-        if self.method == "reclip++":
+        if self.kind == "independent":
             return classify(self.position(p), Wr)
-        return classify(Z, Wr) + self.position(p)
+        Mr = classify(Z, Wr)
+        return Mr + self.position(p) if self.kind == "joint" else Mr
 
     def forward(self, Z, p, Wr):
         """Query logits and rectified logits (Eqs. 3 and 4), both B×C×h×w.
 
-        Z: B×D×h×w, unit length over D; p: 1×width×h×w; Wr: C×D, or None for maskclip.
+        Z: B×D×h×w, unit length over D; p: 1×width×h×w; Wr: C×D, or None without a bias.
         """
-        Mq = classify(Z, self.Wq)
-        if self.method == "maskclip":
-            return Mq, Mq
-        M = Mq - self.bias(Z, p, Wr)
-        return Mq, self.decoder(Z, M) if self.method == "reclip++" else M
+        Mq = M = classify(Z, self.Wq)
+        if self.kind != "none":
+            M = Mq + self.sign * self.bias(Z, p, Wr)
+        return Mq, self.decoder(Z, M) if hasattr(self, "decoder") else M
+
+    def Wr(self, model):
+        """The Reference features, C×D, or None without a bias."""
+        return self.reference(model) if self.kind != "none" else None
 
 
 def gumbel_masks(logits, temperature, noise=0.0):
@@ -500,6 +512,7 @@ def recipe(dataset, preset="release", method="reclip++", hypothesis=None):
     columns = ("scale", "crop", "schedule", "epochs", "batch", "lr", "pd")
     values = DEMO if row == "shapes" else {"release": RELEASE, "paper": PAPER}[preset][row]
     s = ALWAYS | dict(zip(columns, values)) | (DEMO_ONLY if row == "shapes" else {})
+    s["bias"], s["decoder"], s["sign"] = *METHODS[method], -1
     s["hypothesis"] = hypothesis or {"reclip++": "crops", "reclip": "global", "maskclip": "none"}[method]
     s["threshold"], s["top"] = GLOBAL[row] if s["hypothesis"] == "global" else (
         {"voc": 0.07, "cityscapes": 0.07, "shapes": 0.12}.get(row, 0.0), 0)
@@ -545,7 +558,7 @@ def train(s, data, model, rectifier, hypothesis, out, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
                 Z = dense_features(visual, images, s.surgery)
             Z = F.normalize(Z.float(), dim=1)
-        Mq, logits = rectifier(Z, p, rectifier.reference(model))
+        Mq, logits = rectifier(Z, p, rectifier.Wr(model))
         seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel") for i in batch["index"].tolist()]
         masks = gumbel_masks(logits, s.mask_temperature, gumbel_noise(logits.shape[1:], seeds, device))
         loss = contrastive_loss(masked_pooling(masks, Mq), hypothesis[batch["index"].to(device)], s.tau)
@@ -601,11 +614,10 @@ class Run:
 
     def save(self, step, optimizer=None, finished=False):
         """Write to a temporary file and rename it, so that the file is always whole."""
-        learner = self.learner
         with torch.no_grad():
-            Wr = learner.reference(self.model) if hasattr(learner, "reference") else None
+            Wr = self.learner.Wr(self.model)
         save_checkpoint(self.path, self.facts | dict(
-            state=learner.state_dict(), Wr=Wr, step=step, finished=finished,
+            state=self.learner.state_dict(), Wr=Wr, step=step, finished=finished,
             optimizer=optimizer and optimizer.state_dict()))
         self.saved = time.monotonic()
 
@@ -778,7 +790,7 @@ class RectifiedCLIP:
         self.visual, self.patch = image_encoder(self.model, s.preset), self.model.visual.conv1.stride[0]
         self.mean, self.std = preset_statistics(s.preset)
         state = checkpoint["state"]
-        self.rectifier = Rectifier(self.model, self.classes, state["Wq"], s.method)
+        self.rectifier = Rectifier(self.model, self.classes, state["Wq"], s.bias, s.decoder, s.sign)
         self.rectifier.load_state_dict(state)
         self.rectifier.to(device).eval().requires_grad_(False)
         self.Wr = checkpoint["Wr"] if checkpoint["Wr"] is None else checkpoint["Wr"].to(device)
@@ -870,6 +882,12 @@ def parse_arguments(argv):
     flag("--tau", type=float, help="temperature of the contrastive loss")
     flag("--mask-temperature", type=float, help="τ1 of the Gumbel-Softmax")
     flag("--pd", type=float, help="prompt denoising at test time: switch off classes below it")
+    group = parser.add_argument_group("ablations: one part of the method changed")
+    flag = group.add_argument
+    flag("--bias", choices=("independent", "joint", "reference", "none"), help="how it is extracted: as "
+         "in ReCLIP++, as in ReCLIP, as in ReCLIP without position, not at all")
+    flag("--decoder", action=argparse.BooleanOptionalAction)
+    flag("--add", dest="sign", action="store_const", const=1, help="add the bias instead of subtracting")
     return parser.parse_args(argv)
 
 
@@ -909,8 +927,8 @@ def main(argv=None):
     s.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(s.seed)
     Wq = query_features(model, data.classes).to(device)
-    rectifier = Rectifier(model, data.classes, Wq, s.method).to(device)
-    if s.method == "maskclip":
+    rectifier = Rectifier(model, data.classes, Wq, s.bias, s.decoder, s.sign).to(device)
+    if not any(True for _ in rectifier.parameters()):  # MaskCLIP has nothing to learn
         Run(s.out / "reclip.pt", s, data.classes, model, rectifier).save(0, finished=True)
     else:
         hypothesis = make_hypotheses(data, model, Wq, s, s.out / "hypotheses.jsonl", device)

@@ -529,6 +529,9 @@ COLOURS = {
     "pink": (0.97, 0.55, 0.72), "brown": (0.48, 0.29, 0.14), "white": (0.96, 0.96, 0.96),
     "grey": (0.52, 0.52, 0.54), "black": (0.08, 0.08, 0.09),
 }
+SHAPES_PALETTE = torch.tensor([
+    (214, 39, 40), (31, 119, 180), (60, 60, 60), (44, 160, 44), (255, 221, 60), (255, 127, 14),
+    (240, 110, 200), (140, 86, 75), (148, 103, 189), (23, 190, 207)], dtype=torch.uint8)
 OUTLINES = list(dict.fromkeys(outline for outline, *_ in SHAPES.values()))
 TEXTURES = list(dict.fromkeys(texture for _, texture, *_ in SHAPES.values()))
 
@@ -693,7 +696,8 @@ class Shapes(SegmentationData):
 
     def __init__(self, split, seed):
         count = {"train": 600, "val": 250}[split]
-        super().__init__("shapes", split, SHAPES, [f"{split}-{i:03}" for i in range(count)], None)
+        super().__init__("shapes", split, SHAPES, [f"{split}-{i:03}" for i in range(count)], None,
+                         colours=SHAPES_PALETTE)
         self.seed, self.has_labels = seed, True
 
     @functools.cached_property
@@ -1018,41 +1022,63 @@ def describe(data, limit):
 
 
 def overlay(image, label, colours):
-    """uint8 3×H×W with the classes of label (int64 H×W) painted over it; void is left as it is."""
-    present = [k for k in label.unique().tolist() if k != VOID]
-    if not present:
-        return image
-    masks = torch.stack([label == k for k in present])
-    return torchvision.utils.draw_segmentation_masks(
-        image, masks, alpha=0.65, colors=[tuple(colours[k].tolist()) for k in present])
+    """The classes of a label, int64 H×W, in their colours on a pale grey image; uint8 3×H×W.
+
+    image: uint8 3×H×W; colours: uint8 C×3. Void stays grey.
+    """
+    grey = TF.rgb_to_grayscale(image, 3).float()
+    table = torch.cat([colours, colours.new_full((256 - len(colours), 3), 255)])
+    paint = table[label.cpu()].movedim(-1, 0)
+    share = torch.where(label.cpu() == VOID, 0.0, 0.8)
+    return ((1 - share) * (110 + 0.5 * grey) + share * paint).clamp(0, 255).to(torch.uint8)
 
 
-def contact_sheet(data, count=12, cell=240):
+def picture_sheet(rows, headings, present, classes, colours, cell=240):
+    """Rows of pictures under headings, above a legend of the classes in `present`, as a PIL image.
+
+    rows: lists of uint8 3×H×W tensors, each scaled to fit a square of `cell` pixels; headings: one
+    per column or empty; present: class indices; classes: C names; colours: uint8 C×3.
+    """
+    cells, filter = [], TF.InterpolationMode.NEAREST_EXACT  # masks stay sharp when enlarged
+    for picture in (picture for row in rows for picture in row):
+        scale = cell / max(picture.shape[-2:])
+        height, width = (max(1, round(side * scale)) for side in picture.shape[-2:])
+        picture = TF.resize(picture, [height, width], filter) if scale > 1 else TF.resize(
+            picture, [height, width], antialias=True)
+        cells.append(TF.pad(picture, [0, 0, cell - width, cell - height], fill=255))
+    columns, gap, line = len(rows[0]), 6, 26
+    grid = torchvision.utils.make_grid(torch.stack(cells), columns, padding=gap, pad_value=255)
+
+    font, top = ImageFont.load_default(17), line if headings else 0
+    per_line = max(1, grid.shape[2] // 200)
+    bottom = top + grid.shape[1]
+    height = bottom + -(-len(present) // per_line) * line + gap
+    sheet = Image.new("RGB", (grid.shape[2], height), "white")
+    sheet.paste(TF.to_pil_image(grid), (0, top))
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        draw.text((column * (cell + gap) + gap, 5), heading, fill="black", font=font)
+    for n, k in enumerate(sorted(present)):
+        x, y = n % per_line * 200 + gap, bottom + n // per_line * line
+        draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(colours[k].tolist()))
+        draw.text((x + 36, y), classes[k], fill="black", font=font)
+    return sheet
+
+
+def contact_sheet(data, count=12):
     """A PIL image: `count` images, each beside its labels if there are any, and a legend below."""
-    cells, present, has_labels = [], set(), data.has_labels
+    pictures, present = [], set()
     for i in evenly(len(data), count):
         image = data.image(i)
-        shown = [resize_to_scale(image, (cell, cell))]
-        if has_labels:
-            label = TF.resize(data.label(i)[None], shown[0].shape[-2:],
-                              interpolation=TF.InterpolationMode.NEAREST)[0]
-            shown.append(overlay(shown[0], label, data.palette))
+        pictures.append(image)
+        if data.has_labels:
+            label = data.label(i)
+            pictures.append(overlay(image, label, data.palette))
             present |= set(label.unique().tolist()) - {VOID}
-        for picture in shown:
-            height, width = picture.shape[-2:]
-            cells.append(TF.pad(picture, [0, 0, cell - width, cell - height], fill=255))
-    grid = torchvision.utils.make_grid(cells, nrow=6, padding=6, pad_value=255)
-
-    columns, line = max(1, grid.shape[2] // 240), 26
-    lines = -(-len(present) // columns)
-    sheet = Image.new("RGB", (grid.shape[2], grid.shape[1] + lines * line + 6), "white")
-    sheet.paste(TF.to_pil_image(grid), (0, 0))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for n, k in enumerate(sorted(present)):
-        x, y = n % columns * 240 + 6, grid.shape[1] + n // columns * line
-        draw.rectangle((x, y, x + 30, y + 18), fill=tuple(data.palette[k].tolist()))
-        draw.text((x + 38, y - 1), data.classes[k], fill="black", font=font)
-    return sheet
+    while len(pictures) % 6:
+        pictures.append(torch.full_like(pictures[0], 255))
+    rows = [pictures[i : i + 6] for i in range(0, len(pictures), 6)]
+    return picture_sheet(rows, [], present, data.classes, data.palette)
 
 
 @clean_exit
@@ -1060,7 +1086,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description="Show what a data set holds; fetch or convert it first, if asked to. "
                     "This command opens ground truth; training does not.")
-    parser.add_argument("--dataset", choices=DATASETS, default="shapes")
+    parser.add_argument("--dataset", metavar="NAME", default="shapes", help=", ".join(DATASETS))
     parser.add_argument("--data-root", metavar="DIR", help="the folder that holds the data set")
     parser.add_argument("--classes", metavar="NAMES", help="for folder: \"cat, dog\", or a file")
     parser.add_argument("--download", action="store_true", help="fetch voc or ade into --data-root")

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import UserError, clean_exit, evaluation_view, open_dataset, parse_classes
+from data import (VOID, UserError, clean_exit, evaluation_view, evenly, open_dataset, overlay,
+                  picture_sheet)
 from reclip import Progress, RectifiedCLIP, load_checkpoint, pick_device, write_text
 
 # ------------------------------------------------------------------------------------------------
@@ -95,16 +96,28 @@ class Segmenter:
     """
 
     def __init__(self, path, device, source=None, pd="recipe", slide=None, amp=False):
-        self.network = RectifiedCLIP(path, device, source)
+        self.student = load_checkpoint(path).get("kind") == "distill"
+        if self.student:
+            from distill import load_student  # which needs this module
+            self.network = load_student(path, device)
+        else:
+            self.network = RectifiedCLIP(path, device, source)
         self.settings, self.classes = self.network.settings, self.network.classes
         self.pd = self.settings.pd if pd == "recipe" else pd
         self.slide, self.amp = slide, amp
-        self.names = ["maskclip"] + ["rectified"] * (self.settings.method != "maskclip")
+        self.names = ["distilled"] if self.student else (
+            ["maskclip"] + ["rectified"] * (self.settings.method != "maskclip"))
 
     def logits(self, views):
         """{name: logits} of uint8 views B×3×H×W, and the (height, width) that they cover."""
         if self.slide:
             return self.sliding_logits(views), views.shape[2:]
+        return self.whole_logits(views)
+
+    def whole_logits(self, views):
+        """The same without windows; a student's grid covers just the view, a ViT's whole patches."""
+        if self.student:
+            return {"distilled": self.network.logits(views, self.amp)}, views.shape[2:]
         outputs = dict(zip(self.names, self.network.logits(views, self.amp)))
         h, w = outputs["maskclip"].shape[2:]
         return outputs, (h * self.network.patch, w * self.network.patch)
@@ -118,8 +131,8 @@ class Segmenter:
             for left in starts(W):
                 part = views[:, :, top : top + window, left : left + window]
                 h, w = part.shape[2:]
-                for name, logits in zip(self.names, self.network.logits(part, self.amp)):
-                    padded = [side * self.network.patch for side in logits.shape[2:]]
+                outputs, padded = self.whole_logits(part)
+                for name, logits in outputs.items():
                     logits = F.interpolate(logits, padded, mode="bilinear")[..., :h, :w]
                     total = sums.setdefault(name, logits.new_zeros(*logits.shape[:2], H, W))
                     total[:, :, top : top + h, left : left + w] += logits
@@ -203,6 +216,32 @@ def save_results(path, results):
 
 
 # ------------------------------------------------------------------------------------------------
+# Figures
+
+TITLES = {"maskclip": "MaskCLIP", "rectified": "rectified", "distilled": "distilled"}
+
+
+@torch.no_grad()
+def comparison(segment, data, scale, device, count=8):
+    """Image, truth and each prediction for `count` images, evenly spaced, two in a row (Fig. 5); PIL.
+
+    Predictions are shown where the truth has a class: elsewhere they are not scored either.
+    """
+    shown, present = [], set()
+    for i in evenly(len(data), count):
+        image, label = data.image(i), data.label(i)
+        view = evaluation_view(image, scale)[None].to(device)
+        predictions = segment(view, label.shape).values()
+        maps = [label] + [p[0].cpu().where(label != VOID, VOID) for p in predictions]
+        present |= set(torch.stack(maps).unique().tolist()) - {VOID}
+        shown.append([image] + [overlay(image, m, data.palette) for m in maps])
+    headings = ["image", "truth"] + [TITLES[name] for name in segment.names]
+    rows = [a + b for a, b in zip(shown[::2], shown[1::2])] or shown
+    return picture_sheet(rows, headings * (len(rows[0]) // len(headings)), present, data.classes,
+                         data.palette, cell=150)
+
+
+# ------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -229,6 +268,7 @@ def parse_arguments(argv):
          "whole images, in pixels of the resized image")
     flag("--count-absent", action="store_true", help="a class without a pixel counts as IoU 0, as in the "
          "authors' program, instead of not counting")
+    flag("--figures", action="store_true", help="write comparison.png beside the checkpoint")
     flag("--batch", type=int, default=16, help="images of one size that go through at once")
     flag("--workers", type=int)
     flag("--device")
@@ -242,8 +282,11 @@ def main(argv=None):
     device = pick_device(args.device)
     path = args.checkpoint or newest_checkpoint()
     amp = device.type == "cuda" if args.amp is None else args.amp
-    segment = Segmenter(path, device, args.clip, None if args.no_pd else args.pd or "recipe",
-                        args.slide, amp)
+    for option, values in (("batch", [args.batch]), ("slide", args.slide or [1])):
+        if min(values) < 1:
+            raise UserError(f"--{option} is {min(values)}; expected 1 or more")
+    pd = None if args.no_pd else "recipe" if args.pd is None else args.pd
+    segment = Segmenter(path, device, args.clip, pd, args.slide, amp)
     s = segment.settings
     dataset = args.dataset or s.dataset
     data = open_dataset(dataset, args.data_root or s.data_root, args.split,
@@ -263,8 +306,14 @@ def main(argv=None):
         results[name] = result | dict(
             dataset=dataset, split=args.split, images=len(data), slide=args.slide,
             pd=segment.pd if name == "rectified" else None, count_absent=args.count_absent)
+        if getattr(s, "use_ground_truth_void", False):  # a student that was not trained unsupervised
+            results[name]["trained_with_ground_truth_void"] = True
     print(table(results, segment.classes))
     save_results(path.parent / "results.json", results)
+    if args.figures:
+        figure = path.parent / "comparison.png"
+        comparison(segment, data, s.scale, device).save(figure)
+        print(f"→ {figure}")
     print(f"{path}: {len(data)} images of {dataset} {args.split} → {path.parent / 'results.json'}")
     return results
 

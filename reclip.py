@@ -149,7 +149,7 @@ class Reference(nn.Module):
 
     def __init__(self, model, classes):
         super().__init__()
-        names = [clip.tokenize(name, context_length=512)[0] for name in classes]
+        names = [clip.tokenize(name, 512, truncate=True)[0] for name in classes]
         lengths = [int(name.argmax()) - 1 for name in names]
         context = len(model.positional_embedding)
         L = min(context - 4, context - 2 - max(lengths))
@@ -323,7 +323,7 @@ def gumbel_masks(logits, temperature, noise=0.0):
     """
     soft = (logits / temperature + noise).softmax(1)
     hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())
 
 
 def gumbel_noise(shape, seeds, device="cpu"):
@@ -436,10 +436,14 @@ def make_hypotheses(data, model, Wq, s, path, device):
     for file in (path, part):
         if file.exists():
             lines = file.read_text().split("\n")[:-1]  # a line cut short by an interruption is dropped
-            if not lines or json.loads(lines[0]) != header:
-                raise UserError(f"{file} was made with other settings or another CLIP; delete it or "
-                                "choose another folder with --out")
-            known |= {row["id"]: row["scores"] for row in map(json.loads, lines[1:])}
+            try:
+                first, *rows = map(json.loads, lines)
+            except ValueError:  # empty or damaged
+                first = None
+            if first != header:
+                raise UserError(f"{file} was made with other settings or another CLIP, or is damaged; "
+                                "delete it or choose another folder with --out")
+            known |= {row["id"]: row["scores"] for row in rows}
     missing = [i for i, name in enumerate(data.ids) if name not in known]
     if missing:
         rows = [dict(id=name, scores=scores) for name, scores in known.items()]
@@ -477,7 +481,7 @@ def image_scores(image, model, Wq, s):
 
 
 # ------------------------------------------------------------------------------------------------
-# IV-A  The recipes (FACTS and papers: README, Results)
+# IV-A  The published settings
 
 ALWAYS = dict(
     clip="ViT-B/16", surgery="program", ratio=(0.5, 2.0), distort=True,  # views
@@ -527,13 +531,13 @@ def recipe(dataset, preset="release", method="reclip++", hypothesis=None):
 # Training
 
 
-def train(s, data, model, rectifier, hypothesis, out, device):
-    """Learn the bias of CLIP on `data` (Sec. IV-A) and keep it in out/reclip.pt.
+def train(s, data, model, rectifier, hypothesis, run, device):
+    """Learn the bias of CLIP on `data` (Sec. IV-A).
 
     s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
-    images are opened; hypothesis: bool len(data)×C. Continues from the checkpoint in `out`.
+    images are opened; hypothesis: bool len(data)×C; run: the Run that keeps what is learned, and
+    from whose checkpoint training goes on.
     """
-    run = Run(out / "reclip.pt", s, data.classes, model, rectifier)
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay)
     first = run.resume(optimizer)
@@ -547,7 +551,7 @@ def train(s, data, model, rectifier, hypothesis, out, device):
     p = resized_positions(visual, grid, grid)
     hypothesis = hypothesis.to(device)
     rectifier.train()
-    log = Log(out / "log.jsonl", "rectify", batches.total, first)
+    log = Log(run.path.with_name("log.jsonl"), "rectify", batches.total, first)
     for step, batch in enumerate(log.timed(loader), first):
         epoch = step // batches.per_epoch
         for group in optimizer.param_groups:
@@ -598,8 +602,9 @@ class Batches:
 class Run:
     """The checkpoint of a training run: what was learned, the settings, and where it stands.
 
-    kept beside the learned parameters: `optimizer` and `step` to go on from, Wr to predict without
+    Kept beside the learned parameters: `optimizer` and `step` to go on from, Wr to predict without
     the text encoder, and what tells whether another CLIP or other classes are used with it.
+    Raises UserError where the folder holds the checkpoint of other settings.
     """
 
     def __init__(self, path, s, classes, model, learner, every=120):
@@ -607,6 +612,8 @@ class Run:
         self.facts = dict(kind=path.stem, settings=plain(s), classes=list(classes),
                           clip=fingerprint(model))
         self.every, self.saved = every, time.monotonic()
+        if path.exists():
+            check_same_run(load_checkpoint(path), self.facts, path)
 
     def due(self):
         """Whether `every` seconds have passed since the last save."""
@@ -615,7 +622,7 @@ class Run:
     def save(self, step, optimizer=None, finished=False):
         """Write to a temporary file and rename it, so that the file is always whole."""
         with torch.no_grad():
-            Wr = self.learner.Wr(self.model)
+            Wr = self.learner.Wr(self.model) if hasattr(self.learner, "Wr") else None
         save_checkpoint(self.path, self.facts | dict(
             state=self.learner.state_dict(), Wr=Wr, step=step, finished=finished,
             optimizer=optimizer and optimizer.state_dict()))
@@ -626,7 +633,6 @@ class Run:
         if not self.path.exists():
             return 0
         checkpoint = load_checkpoint(self.path)
-        check_same_run(checkpoint, self.facts, self.path)
         self.learner.load_state_dict(checkpoint["state"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["step"]
@@ -894,7 +900,7 @@ def parse_arguments(argv):
 def settings_of(args):
     """Recipe and command line together, as a namespace of plain values."""
     if args.dataset not in DATASETS:
-        raise UserError(f"no data set {args.dataset!r}; there are {', '.join(DATASETS)}")
+        raise UserError(f"no data set \"{args.dataset}\"; there are {', '.join(DATASETS)}")
     given = {key: value for key, value in vars(args).items() if value is not None}
     published = recipe(args.dataset, args.preset, args.method, args.hypothesis)
     s = argparse.Namespace(**vars(args) | published | given)
@@ -903,9 +909,24 @@ def settings_of(args):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     s.workers = given.get("workers", 0 if s.dataset == "shapes" else min(8, cores))
     s.scale = tuple(s.scale)
+    check_values(s)
     name = [s.dataset] + [v for v, d in ((s.method, "reclip++"), (s.preset, "release")) if v != d]
     s.out = given.get("out", Path("runs") / "-".join(name + [f"seed{s.seed}"] * bool(s.seed)))
     return s
+
+
+def check_values(s):
+    """Raises UserError for a number that cannot work."""
+    least = dict(batch=1, epochs=1, schedule=s.epochs, crop=1, workers=0, scale=1,
+                 top=int(s.hypothesis == "global"))
+    for key, low in least.items():
+        value = getattr(s, key)
+        if (min(value) if key == "scale" else value) < low:
+            raise UserError(f"--{key} is {value}; expected {low} or more")
+    for key, high in dict(crop_ratio=1, tau=math.inf, mask_temperature=math.inf, lr=math.inf).items():
+        if not 0 < getattr(s, key) <= high:
+            raise UserError(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected more than 0"
+                            + f" and at most {high}" * (high < math.inf))
 
 
 @clean_exit
@@ -915,7 +936,7 @@ def main(argv=None):
     device = pick_device(args.device)
     s.amp = device.type == "cuda" if args.amp is None else args.amp
     s.device = str(device)
-    classes = parse_classes(args.classes) if args.classes else None
+    classes = None if args.classes is None else parse_classes(args.classes)
     if s.download:
         download(s.dataset, s.data_root)
     data = open_dataset(s.dataset, s.data_root, "train", classes, s.seed)
@@ -928,15 +949,17 @@ def main(argv=None):
     torch.manual_seed(s.seed)
     Wq = query_features(model, data.classes).to(device)
     rectifier = Rectifier(model, data.classes, Wq, s.bias, s.decoder, s.sign).to(device)
-    if not any(True for _ in rectifier.parameters()):  # MaskCLIP has nothing to learn
-        Run(s.out / "reclip.pt", s, data.classes, model, rectifier).save(0, finished=True)
+    run = Run(s.out / "reclip.pt", s, data.classes, model, rectifier)
+    if s.bias == "none" and not s.decoder:  # MaskCLIP has nothing to learn
+        run.save(0, finished=True)
     else:
         hypothesis = make_hypotheses(data, model, Wq, s, s.out / "hypotheses.jsonl", device)
         per_image = hypothesis.sum(1).float().mean().item()
         print(f"hypotheses: {per_image:.2f} classes per image")
-        train(s, data, model, rectifier, hypothesis, s.out, device)
-    import evaluate  # needs this module; only to show what the checkpoint is worth
-    evaluate.main(["--checkpoint", str(s.out / "reclip.pt"), "--device", s.device])
+        train(s, data, model, rectifier, hypothesis, run, device)
+    import evaluate  # which needs this module; it sees the checkpoint only
+    evaluate.main(["--checkpoint", str(run.path), "--device", s.device,
+                   "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"])
 
 
 if __name__ == "__main__":

@@ -8,14 +8,17 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import clip
 import distill
+import evaluate
 import reclip
 from clip.model import build_model
 from clip.simple_tokenizer import SimpleTokenizer
+from data import shifted_ids
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).with_name("golden")))
 
@@ -174,6 +177,23 @@ def test_reclip():
         assert_close(Wr, recorded["Wr_normalised"])
         assert_close(rectifier.eval()(Z, p, Wr)[1], recorded["M_eval"])
     check_training_step(model, rectifier, Z, p, recorded, 0.001, recorded["M_train"])
+
+
+# ---- evaluate.py -------------------------------------------------------------------------------
+
+
+def test_miou():
+    recorded = golden("miou")
+    C = len(recorded["iou"])
+    table = shifted_ids(C)  # raw label 0 is background, k is class k-1
+    confusion = sum(evaluate.confusion_matrix(prediction, table[raw.long()], C)
+                    for prediction, raw in zip(recorded["predictions"], recorded["labels_raw"]))
+    result = evaluate.scores(confusion, count_absent=True)  # the authors' way
+    iou = [value or 0.0 for value in result["iou"]]
+    assert iou == pytest.approx((100 * recorded["iou"]).nan_to_num().tolist(), abs=1e-6)
+    assert result["miou"] == pytest.approx(100 * recorded["miou"], abs=1e-6)
+    # The authors' pixel accuracy is ours: right pixels over those whose label counts.
+    assert result["pixel_accuracy"] == pytest.approx(100 * recorded["pixel_acc"], abs=1e-6)
 
 
 # ---- distill.py --------------------------------------------------------------------------------

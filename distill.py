@@ -1,0 +1,711 @@
+"""Distil a rectified CLIP into DeepLabV2, which needs no CLIP afterwards and segments better.
+
+    python distill.py                                  the newest rectified checkpoint under runs/
+    python distill.py --teacher runs/voc/reclip.pt     any other; a MaskCLIP one gives MaskCLIP+
+
+Wang and Kang, ReCLIP++ (2024), Sec. III-E; tables and equations below are that paper's, those of
+"ReCLIP" the CVPR 2024 paper's. Data set, classes and CLIP are those of the teacher's checkpoint.
+
+Shapes: B images, C classes, D joint channels of CLIP, h×w cells of a grid, H×W pixels. The
+teacher's features are Z (one cell a patch), the student's Ẑ (one for 8×8 pixels; in code Z_hat).
+"""
+
+import argparse
+import hashlib
+import http.client
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import evaluate
+from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, clean_exit,
+                  draw_seed, normalise, open_dataset)
+from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, RectifiedCLIP, Run, classify,
+                    contrastive_loss, dense_features, gumbel_masks, gumbel_noise, load_checkpoint,
+                    make_hypotheses, masked_pooling, pick_device, plain, resized_positions)
+
+# ------------------------------------------------------------------------------------------------
+# III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolution beside a shortcut (He et al., 2016); the stride is in the 3×3.
+
+    forward: B×in_channels×h×w → B×(4·width)×⌈h/stride⌉×⌈w/stride⌉. A block with `downsample`
+    brings the shortcut to that shape.
+    """
+
+    def __init__(self, in_channels, width, stride=1, dilation=1, downsample=False):
+        super().__init__()
+        out = 4 * width
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential(nn.Conv2d(in_channels, out, 1, stride, bias=False),
+                                        nn.BatchNorm2d(out)) if downsample else nn.Identity()
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class ResNet(nn.Sequential):
+    """ResNet with dilated last stages: output stride 8 instead of 32.
+
+    blocks: how many in each stage; width: channels of the stem, and of the first stage's 3×3
+    convolutions. stem "deep": three 3×3 convolutions (v1c), with the state-dict keys of Open-MMLab;
+    "plain": one of 7×7, with torchvision's keys. The first block of a dilated stage has half the
+    stage's dilation, as in Open-MMLab's DeepLab.
+    forward: B×3×H×W → B×channels×⌈H/8⌉×⌈W/8⌉.
+    """
+
+    def __init__(self, blocks=(3, 4, 6, 3), stem="deep", width=64):
+        super().__init__()
+        relu = nn.ReLU(inplace=True)
+        if stem == "deep":
+            half, layers = width // 2, []
+            for a, b, stride in ((3, half, 2), (half, half, 1), (half, width, 1)):
+                layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), relu]
+            self.stem = nn.Sequential(*layers)
+        else:
+            self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.relu = relu
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        channels = width
+        for i, (count, stride, dilation) in enumerate(zip(blocks, (1, 2, 1, 1), (1, 1, 2, 4))):
+            inner = width * 2**i
+            stage = [Bottleneck(channels, inner, stride, max(1, dilation // 2), downsample=True)]
+            channels = 4 * inner
+            stage += [Bottleneck(channels, inner, 1, dilation) for _ in range(count - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+        self.channels = channels
+
+
+class Branch(nn.Module):
+    """One branch of ASPP: dilated 3×3 convolution, BatchNorm, ReLU. B×a×h×w → B×b×h×w."""
+
+    def __init__(self, a, b, dilation):
+        super().__init__()
+        self.conv = nn.Conv2d(a, b, 3, padding=dilation, dilation=dilation, bias=False)
+        self.bn = nn.BatchNorm2d(b)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).relu()
+
+
+class DeepLabV2(nn.Module):
+    """ResNet and ASPP, whose branches are summed: B×3×H×W, normalised → Ẑ, B×D×⌈H/8⌉×⌈W/8⌉."""
+
+    def __init__(self, D, blocks=(3, 4, 6, 3), stem="deep", width=64, dilations=(6, 12, 18, 24)):
+        super().__init__()
+        self.backbone = ResNet(blocks, stem, width)
+        self.aspp = nn.ModuleList(Branch(self.backbone.channels, D, d) for d in dilations)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images):
+        x = self.backbone(images)
+        return sum(branch(x) for branch in self.aspp)
+
+
+STUDENTS = {
+    "resnet50": dict(blocks=(3, 4, 6, 3)),
+    "resnet101": dict(blocks=(3, 4, 23, 3)),
+    "small": dict(blocks=(2, 2), width=16, dilations=(1, 2, 3, 4)),  # of the demo
+}
+
+
+def pretrained_backbone(source, student="resnet50"):
+    """ImageNet weights for a student: the state dict of a ResNet, and which stem it has.
+
+    source: "imagenet" (torchvision's, downloaded once) or the path of a file with the weights of
+    torchvision's ResNet or of Open-MMLab's resnet50_v1c / resnet101_v1c. student: "resnet50" or
+    "resnet101". Raises UserError for anything else, and for a failed download.
+    """
+    if source == "imagenet":
+        name = student.replace("resnet", "ResNet") + "_Weights"
+        weights = getattr(torchvision.models, name).IMAGENET1K_V1
+        try:
+            state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise UserError(f"cannot download {weights.url} ({error}); try again, fetch it by hand "
+                            "and give its path to --backbone, or use --backbone none") from None
+    else:
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+            state = {key.removeprefix("backbone."): value for key, value in state.items()}
+        except FileNotFoundError:
+            raise UserError(f"no file {source}; --backbone is imagenet, none, or the path of a "
+                            "ResNet's weights") from None
+        except Exception as error:  # torch.load fails in many ways on a damaged or foreign file
+            reason = str(error).split("\n")[0][:120]
+            raise UserError(f"{source} holds no weights of a ResNet, or is damaged "
+                            f"({type(error).__name__}: {reason})") from None
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    return state, "deep" if "stem.0.weight" in state else "plain"
+
+
+def load_backbone(backbone, state, source):
+    """Put a state dict into a ResNet, running statistics included.
+
+    Raises UserError, which names `source`, unless every key and shape fits.
+    """
+    expected = backbone.state_dict()
+    # Files from before PyTorch 0.4.1 do not count the batches.
+    missing = [key for key in expected if key not in state and "num_batches" not in key]
+    left_over = [key for key in state if key not in expected]
+    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    problems = [f"{len(keys)} {what}, first {keys[0]}" for keys, what in (
+        (missing, "missing"), (left_over, "left over"), (wrong, "of another shape")) if keys]
+    if problems:
+        raise UserError(f"the weights in {source} are not those of this ResNet: "
+                        f"{'; '.join(problems)}; --student (resnet50, resnet101) has to agree with "
+                        "the file")
+    backbone.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------
+# III-E  The head: inherited from the teacher, and frozen (Table IX; ReCLIP's Table 6)
+
+
+class InheritedHead(nn.Module):
+    """The teacher's Query, bias and decoder on the student's features; nothing of it is learned.
+
+    parts: tensors by name, as `inherited_parts` takes them from a teacher, or a state dict of this
+    class. Wq alone is the Query head. With Wr and Wp (on CLIP's own grid) ReCLIP++'s bias is
+    subtracted, with Wr alone ReCLIP's Reference logits, with p and position.* its positional
+    logits too; decoder.* follows. patch: the teacher's, in pixels; sign: -1, or +1 to add the bias.
+    """
+
+    def __init__(self, parts, patch, sign=-1):
+        super().__init__()
+        self.patch, self.sign = patch, sign
+        for name in ("Wq", "Wr", "Wp", "p"):
+            self.register_buffer(name, parts.get(name))
+        (C, D), self.decoder, self.position = self.Wq.shape, None, None
+        if "decoder.conv.weight" in parts:
+            self.decoder = Decoder(D, C)
+        if "position.0.weight" in parts:
+            hidden = [len(parts[f"position.{i}.weight"]) for i in (0, 3)]
+            self.position = PositionLogits(self.p.shape[1], C, hidden)
+        self.load_state_dict(parts)
+        self.requires_grad_(False)
+
+    def resized(self, positions, size, grid, through=nn.Identity()):
+        """What depends on position alone, on the student's grid, by way of the teacher's.
+
+        positions: 1×K×g×g on CLIP's own grid; size: (H, W) of the images; grid: the student's.
+        The teacher's grid comes bicubically, as everywhere in ReCLIP; 1×1 convolutions commute with
+        that, so Wp may be kept instead of p. `through` is what follows on the teacher's grid.
+        """
+        teachers = [-(-side // self.patch) for side in size]
+        positions = through(F.interpolate(positions, teachers, mode="bicubic"))
+        return F.interpolate(positions, grid, mode="bilinear")
+
+    def forward(self, Z_hat, size):
+        """Logits B×C×h×w of features B×D×h×w, of any length, of images of size (H, W)."""
+        Z, grid = F.normalize(Z_hat, dim=1), Z_hat.shape[2:]
+        M = classify(Z, self.Wq)
+        if self.Wp is not None:  # ReCLIP++, Eqs. 2 and 3
+            M = M + self.sign * classify(self.resized(self.Wp, size, grid), self.Wr)
+        elif self.Wr is not None:  # ReCLIP
+            M = M + self.sign * classify(Z, self.Wr)
+        if self.position is not None:
+            M = M + self.sign * self.resized(self.p, size, grid, self.position)
+        return M if self.decoder is None else self.decoder(Z, M)  # Eq. 4
+
+
+class LearnedHead(nn.Conv2d):
+    """The head that DeepLab learns for itself: a 1×1 convolution, the first row of Table IX."""
+
+    def __init__(self, C, D):
+        super().__init__(D, C, 1)
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, Z_hat, size):
+        return super().forward(Z_hat)
+
+
+@torch.no_grad()
+def inherited_parts(teacher, kind="inherit"):
+    """What a head of one kind takes over from a RectifiedCLIP, as the parts of an InheritedHead.
+
+    "query": the Query alone. "query+bias": with the bias, and of ReCLIP's the positional part too.
+    "inherit": as in the papers Query, bias and decoder, but of ReCLIP's bias the Reference alone.
+    Raises UserError for query+bias of a teacher that extracts no bias (MaskCLIP).
+    """
+    rectifier = teacher.rectifier
+    if kind == "query+bias" and rectifier.kind == "none":
+        raise UserError("--head query+bias needs a teacher with a bias to subtract; this one has "
+                        "none")
+    parts, modules = {"Wq": rectifier.Wq}, []
+    side = teacher.model.visual.input_resolution // teacher.patch
+    p = resized_positions(teacher.visual, side, side)  # CLIP's own grid: not resized at all
+    if kind != "query" and rectifier.kind != "none":
+        parts["Wr"] = teacher.Wr
+    if kind != "query" and rectifier.kind == "independent":
+        parts["Wp"] = rectifier.position(p)
+    if kind == "query+bias" and rectifier.kind == "joint":
+        parts["p"], modules = p, ["position"]
+    if kind == "inherit" and hasattr(rectifier, "decoder"):
+        modules = ["decoder"]
+    for name in modules:
+        state = getattr(rectifier, name).state_dict()
+        parts |= {f"{name}.{key}": value for key, value in state.items()}
+    return parts
+
+
+class Student(nn.Module):
+    """DeepLabV2 with a head; sees images in ImageNet's normalisation and needs no CLIP."""
+
+    def __init__(self, network, head):
+        super().__init__()
+        self.network, self.head = network, head
+
+    def forward(self, images, sizes=None, amp=False):
+        """Ẑ B×D×h×w and logits B×C×h×w, float32, of uint8 images B×3×H×W.
+
+        sizes: int B×2, what is padding (see data.normalise), or None. The grid is ⌈H/8⌉×⌈W/8⌉ and
+        covers the whole image; upsample it to (H, W).
+        """
+        images = normalise(images, IMAGENET_MEAN, IMAGENET_STD, sizes)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            Z_hat = self.network(images)
+        Z_hat = Z_hat.float()
+        return Z_hat, self.head(Z_hat, images.shape[2:])
+
+    def train(self, mode=True):
+        """Training mode is for the network: the decoder keeps to the statistics it came with."""
+        super().train(mode)
+        self.head.eval()
+        return self
+
+    @torch.no_grad()
+    def logits(self, images, amp=False):
+        """The logits of `forward` alone, for prediction."""
+        return self(images, amp=amp)[1]
+
+
+def load_student(path, device="cpu"):
+    """A Student in eval mode, with its `settings` and `classes`, from a checkpoint of this script.
+
+    Raises UserError for a file that is none.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("kind") != "distill":
+        raise UserError(f"{path} is not a student's checkpoint (distill.pt)")
+    s, state = argparse.Namespace(**checkpoint["settings"]), checkpoint["state"]
+    parts = {key.removeprefix("head."): v for key, v in state.items() if key.startswith("head.")}
+    D, C = len(state["network.aspp.0.conv.weight"]), len(checkpoint["classes"])
+    head = LearnedHead(C, D) if s.head == "learned" else InheritedHead(parts, s.patch, s.sign)
+    student = Student(DeepLabV2(D, stem=s.stem, **STUDENTS[s.student]), head)
+    student.load_state_dict(state)
+    student.settings, student.classes = s, checkpoint["classes"]
+    return student.to(device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------
+# III-E  The three losses
+
+
+def interpolation_matrix(n, m, device):
+    """m×n: linear interpolation of n samples to m (align_corners=False) as a matrix."""
+    return F.interpolate(torch.eye(n, device=device)[:, None], m, mode="linear")[:, 0].T
+
+
+def upsample(x, size):
+    """F.interpolate(x, size, mode="bilinear") by two matrix products: …×h×w → …×H×W.
+
+    Faster forward and backward, and the same bits on every run of a GPU.
+    """
+    (h, w), (H, W) = x.shape[-2:], size
+    rows, columns = (interpolation_matrix(n, m, x.device) for n, m in ((h, H), (w, W)))
+    return rows @ (x @ columns.T)
+
+
+def to_cells(x, grid):
+    """The transpose of `upsample`: …×H×W → …×h×w.
+
+    Σ upsample(a)·b over pixels is Σ a·to_cells(b) over cells, so large a need not be upsampled.
+    """
+    (H, W), (h, w) = x.shape[-2:], grid
+    rows, columns = (interpolation_matrix(n, m, x.device) for n, m in ((h, H), (w, W)))
+    return rows.T @ (x @ columns)
+
+
+def mask_loss(logits, labels):
+    """Eq. 8: cross-entropy of the student's upsampled logits against the teacher's labels.
+
+    logits: B×C×h×w; labels: int64 B×H×W, VOID (255) where a pixel is ignored. Mean over the pixels
+    that are not ignored; 0 if there is none.
+    """
+    loss = F.cross_entropy(upsample(logits, labels.shape[1:]), labels, ignore_index=VOID,
+                           reduction="sum")
+    return loss / (labels != VOID).sum().clamp(min=1)
+
+
+def feature_loss(Z, Z_hat, valid):
+    """Eq. 9: L1 distance of the teacher's and the student's features, both upsampled to pixels.
+
+    Z: B×D×h'×w' and Z_hat: B×D×h×w, neither of unit length; valid: bool B×H×W, the pixels that
+    count. Mean over those pixels and the channels.
+
+    As |x| = sign(x)·x and upsampling is linear, Σ|Ẑ − Z| over pixels is Σ Ẑ·T(s) − Σ Z·T(s) over
+    cells, with s the sign at each pixel, a constant, and T the transpose of upsampling. So the loss
+    and its gradient are exact, and at most one image's features are ever as large as its pixels.
+    """
+    maps = [Z_hat - Z] if Z_hat.shape == Z.shape else [Z_hat, -Z]
+    total = 0.0
+    for *parts, counts in zip(*maps, valid):
+        with torch.no_grad():
+            sign = sum(upsample(part, counts.shape) for part in parts).sign_().mul_(counts)
+        total = total + sum((part * to_cells(sign, part.shape[1:])).sum() for part in parts)
+    return total / (valid.sum().clamp(min=1) * Z.shape[1])
+
+
+def label_masks(labels, C, grid):
+    """Labels B×H×W as masks of C classes on a grid, B×C×h×w; ignored pixels are in none.
+
+    Pooling features with them is pooling the upsampled features with the masks of the pixels.
+    """
+    scale = grid[0] * grid[1] / labels[0].numel()  # 1 where a mask covers the whole neighbourhood
+    classes = torch.arange(C, device=labels.device)[:, None, None]
+    return torch.stack([to_cells((label == classes).float(), grid) for label in labels]) * scale
+
+
+def text_loss(Z_hat, masks, Wq, hypothesis, tau=0.01):
+    """Sec. III-E: the contrastive loss of rectification (Eq. 7) on the student's features.
+
+    Z_hat: B×D×h×w, of unit length as in the head (otherwise τ = 0.01 makes it explode); masks:
+    B×C×h×w, by `label_masks` or `gumbel_masks`; Wq: C×D; hypothesis: bool B×C.
+    """
+    similarities = masked_pooling(masks, classify(Z_hat, Wq))
+    return contrastive_loss(similarities, hypothesis, tau)
+
+
+# ------------------------------------------------------------------------------------------------
+# The teacher, and what it says of a view
+
+
+def open_teacher(path, device="cpu", source=None):
+    """RectifiedCLIP of a finished checkpoint of reclip.py. source: where its CLIP is, if not where
+    it was. Raises UserError for an unfinished one, and for anything else than such a file."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("kind") == "distill":
+        raise UserError(f"{path} is a student; a teacher is a checkpoint of reclip.py (reclip.pt)")
+    if not checkpoint.get("finished"):
+        raise UserError(f"the training of {path} is not finished; repeat its reclip.py command, "
+                        "which goes on where it stopped")
+    return RectifiedCLIP(path, device, source)
+
+
+def newest_teacher(folder=Path("runs")):
+    """The rectified checkpoint written last under a folder. Raises UserError if there is none."""
+    found = sorted(folder.glob("*/reclip.pt"), key=lambda path: -path.stat().st_mtime)
+    for path in found:
+        if load_checkpoint(path)["settings"]["method"] != "maskclip":
+            return path
+    raise UserError(f"no rectified checkpoint under {folder}/; run python reclip.py first, or name "
+                    "a teacher with --teacher")
+
+
+@torch.no_grad()
+def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None, amp=False):
+    """The teacher's features and labels of training views.
+
+    teacher: RectifiedCLIP; views: uint8 B×3×H×W; sizes: int64 B×2, (h, w) of what is not padding.
+    pd: prompt denoising before the labels are taken (evaluate.prompt_denoising), at the temperature
+    0.1 of the authors' ×10. ignore_below: also ignore pixels where the greatest softmax(logits /
+    pd_temperature), upsampled, is below it.
+    Returns Z, float32 B×D×h×w, not of unit length, and labels, int64 B×H×W with VOID for padding
+    and pixels left out.
+    """
+    images = normalise(views, teacher.mean, teacher.std, sizes)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        features = dense_features(teacher.visual, images, teacher.settings.surgery)
+    features = features.float()
+    grid, size = features.shape[2:], views.shape[2:]
+    padded = [side * teacher.patch for side in grid]
+    p = resized_positions(teacher.visual, *grid)
+    _, logits = teacher.rectifier(F.normalize(features, dim=1), p, teacher.Wr)
+    logits = evaluate.prompt_denoising(logits, pd, pd_temperature)
+    labels = evaluate.label_map(logits, padded, size, size)
+    rows, columns = (torch.arange(side, device=labels.device) for side in size)
+    outside = (rows >= sizes[:, :1])[:, :, None] | (columns >= sizes[:, 1:])[:, None]
+    if ignore_below is not None:
+        confidence = (logits / pd_temperature).softmax(1).amax(1)
+        outside |= upsample(confidence, padded)[:, : size[0], : size[1]] < ignore_below
+    return features, labels.masked_fill(outside, VOID)
+
+
+class VoidImages:
+    """The ground truth's void pixels as white on black, in place of a SegmentationData's images."""
+
+    def __init__(self, data):
+        self.data, self.ids = data, data.ids
+
+    def image(self, index):
+        return (self.data.label(index) == VOID).to(torch.uint8).mul(255).expand(3, -1, -1)
+
+
+class ViewsWithGroundTruthVoid(TrainingViews):
+    """TrainingViews whose items also tell `void`, bool crop×crop: what the labels leave out.
+
+    This opens labels. The same seed makes the same random view of both.
+    """
+
+    def __init__(self, data, scale, crop, ratio, distort, seed):
+        super().__init__(data, scale, crop, ratio, distort, seed)
+        self.void = TrainingViews(VoidImages(data), scale, crop, ratio, False, seed)
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) | {"void": self.void[key]["view"][0] > 127}
+
+
+# ------------------------------------------------------------------------------------------------
+# The recipe (IV-A and README, Results)
+
+ALWAYS = dict(
+    student="resnet50", backbone="imagenet", ratio=(0.5, 2.0), distort=True,
+    batch=16, optimizer="sgd", lr=0.01, weight_decay=5e-4, power=0.9, floor=1e-4,
+    weights=dict(mask=1.0, feature=0.5, text=0.5), tau=0.01, pd_temperature=0.1,  # 1, α, β
+)
+EPOCHS = {"voc": 100, "context": 150, "ade": 150, "cityscapes": 100, "stuff": 50}
+DEMO = dict(student="small", backbone="none", ratio=(1.0, 1.0), distort=False, scale=(96, 96),
+            crop=96, epochs=40, optimizer="adamw", lr=3e-3, weight_decay=0.05,
+            # Most of a picture is background, which has no class: its labels are mostly uncertain.
+            ignore_below=0.99)
+LOSSES = ("mask", "feature", "text")
+
+
+def recipe(dataset, method):
+    """The published settings of a teacher's data set as a dict; `folder` uses VOC's."""
+    row = "voc" if dataset == "folder" else dataset
+    pd = {"reclip": 0.5, "reclip++": 0.95 if row in ("voc", "stuff") else None}.get(method)
+    losses = ("mask",) if method == "maskclip" else LOSSES  # MaskCLIP+ has no others
+    s = ALWAYS | dict(pd=pd, losses=losses)
+    if row == "shapes":
+        return s | DEMO | dict(pd=None)
+    scale, crop = PAPER[row][:2]
+    return s | dict(scale=scale, crop=crop, epochs=EPOCHS[row])
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(s, data, teacher, student, hypothesis, run, device):
+    """Teach `student` what `teacher` sees in `data` (Sec. III-E).
+
+    s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
+    images are opened, unless s.use_ground_truth_void; hypothesis: bool len(data)×C, the teacher's
+    own, or None for a teacher without: then the classes in its labels of a view. (A class of the
+    hypothesis that is not in a view has an empty mask, which teaches nothing.) run: the Run that
+    keeps what is learned, and from whose checkpoint training goes on.
+    """
+    learned = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if s.optimizer == "sgd":
+        optimizer = torch.optim.SGD(learned, s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(learned, s.lr, weight_decay=s.weight_decay)
+    first = run.resume(optimizer)
+    Views = ViewsWithGroundTruthVoid if s.use_ground_truth_void else TrainingViews
+    views = Views(data, s.scale, s.crop, s.ratio, s.distort, s.student_seed)
+    batches = Batches(len(data), s.batch, s.epochs, s.student_seed, first)
+    loader = torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=s.workers,
+                                         pin_memory=device.type == "cuda")
+    Wq, C = teacher.rectifier.Wq, len(data.classes)
+    student.train()
+    log = Log(run.path.with_name("log-distill.jsonl"), "distill", batches.total, first)
+    for step, batch in enumerate(log.timed(loader), first):
+        epoch = step // batches.per_epoch
+        for group in optimizer.param_groups:
+            group["lr"] = max(s.floor, s.lr * (1 - epoch / s.epochs) ** s.power)
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        Z, labels = teach(teacher, batch["view"], batch["size"], s.pd, s.pd_temperature,
+                          s.ignore_below, s.amp)
+        if s.use_ground_truth_void:
+            labels[batch["void"]] = VOID
+        Z_hat, logits = student(batch["view"], batch["size"], s.amp)
+
+        losses, grid = {}, Z_hat.shape[2:]
+        if "mask" in s.losses:
+            losses["mask"] = mask_loss(logits, labels)
+        if "feature" in s.losses:
+            losses["feature"] = feature_loss(Z, Z_hat, labels != VOID)
+        if "text" in s.losses:
+            masks = label_masks(labels, C, grid)
+            present = masks.flatten(2).any(2) if hypothesis is None else hypothesis[batch["index"]]
+            if s.text_masks == "student":
+                names = [data.ids[i] for i in batch["index"].tolist()]
+                seeds = [draw_seed(s.student_seed, epoch, name, "gumbel") for name in names]
+                noise = gumbel_noise(logits.shape[1:], seeds, device)
+                counted = masks.sum(1, keepdim=True)  # nothing of what the teacher's labels ignore
+                masks = gumbel_masks(logits, s.mask_temperature, noise) * counted
+            losses["text"] = text_loss(F.normalize(Z_hat, dim=1), masks, Wq, present, s.tau)
+        loss = sum(s.weights[name] * value for name, value in losses.items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.step(step + 1, len(Z), lr=optimizer.param_groups[0]["lr"], loss=loss.detach(),
+                 **{name: value.detach() for name, value in losses.items()})
+        if (step + 1) % batches.per_epoch == 0 or run.due():
+            run.save(step + 1, optimizer)
+    log.close()
+    run.save(batches.total, optimizer, finished=True)
+
+
+def make_student(s, teacher, device):
+    """A Student as the settings want it, with ImageNet weights if any; sets s.stem."""
+    torch.manual_seed(s.student_seed)
+    state, s.stem = (None, "deep") if s.backbone == "none" else (
+        pretrained_backbone(s.backbone, s.student))
+    C, D = teacher.rectifier.Wq.shape
+    network = DeepLabV2(D, stem=s.stem, **STUDENTS[s.student])
+    if state is not None:
+        load_backbone(network.backbone, state, s.backbone)
+    head = (LearnedHead(C, D) if s.head == "learned" else
+            InheritedHead(inherited_parts(teacher, s.head), s.patch, s.sign))
+    return Student(network, head).to(device)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--teacher", type=Path, help="a checkpoint of reclip.py (default: the newest rectified "
+         "one under runs/)")
+    flag("--data-root", type=Path, help="where the teacher's data set is, if not where it was")
+    flag("--clip", help="where the teacher's CLIP is, if not where it was")
+    flag("--out", type=Path, help="the student's folder (default: the teacher's)")
+    flag("--seed", dest="student_seed", type=int, help="of the student's training (default: the "
+         "teacher's)")
+    flag("--device", help="default: cuda, else mps, else cpu")
+    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 networks (default: on cuda)")
+    flag("--workers", type=int, help="processes that read images (default: as the teacher's)")
+    group = parser.add_argument_group("single values of the recipe (default: as published)")
+    flag = group.add_argument
+    flag("--student", choices=STUDENTS, help="default: resnet50, in the demo small; MaskCLIP+'s "
+         "own was resnet101")
+    flag("--backbone", help="ImageNet weights: imagenet (torchvision's, downloaded), a file "
+         "(torchvision's or Open-MMLab's v1c layout), or none")
+    flag("--losses", help="some of mask,feature,text (default: all; for a MaskCLIP teacher mask)")
+    flag("--head", choices=("inherit", "query", "query+bias", "learned"), default="inherit")
+    flag("--text-masks", choices=("teacher", "student"), default="teacher", help="text loss: masks "
+         "from the teacher's labels, as in the authors' program, or the student's, as in the paper")
+    flag("--ignore-below", type=float, metavar="P", help="leave out pixels where the teacher's "
+         "greatest softmax(10·logits) is less (0: none)")
+    flag("--use-ground-truth-void", action="store_true", help="NOT unsupervised: open the training "
+         "labels and leave out what they call void or background, as the authors' program does")
+    flag("--pd", type=float, help="prompt denoising of the teacher (0: none)")
+    flag("--epochs", type=int)
+    flag("--batch", type=int)
+    flag("--lr", type=float)
+    return parser.parse_args(argv)
+
+
+def settings_of(args, teacher):
+    """The teacher's facts, recipe and command line together, as a namespace of plain values.
+
+    s.seed stays the teacher's, from which the demo's images are drawn. Raises UserError.
+    """
+    t = teacher.settings
+    # These are found again by --clip, and by the checkpoint itself.
+    given = {key: value for key, value in vars(args).items() if value is not None and key != "clip"}
+    if args.losses is not None:
+        given["losses"] = [name.strip() for name in args.losses.split(",")]
+    inherited = dict(dataset=t.dataset, data_root=t.data_root, method=t.method, seed=t.seed,
+                     student_seed=t.seed, workers=t.workers, mask_temperature=t.mask_temperature,
+                     sign=t.sign, patch=teacher.patch, teacher_weights=digest(teacher),
+                     ignore_below=None)
+    s = argparse.Namespace(**inherited | recipe(t.dataset, t.method) | given)
+    if not s.losses or not set(s.losses) <= set(LOSSES):
+        raise UserError(f"--losses {args.losses}: expected some of {','.join(LOSSES)}")
+    s.losses = [name for name in LOSSES if name in s.losses]
+    if s.head == "learned" and "mask" not in s.losses:
+        raise UserError("--head learned can only learn from the mask loss; add mask to --losses")
+    if s.student == "small" and s.backbone != "none":
+        raise UserError("--student small has no ImageNet weights; use --backbone none")
+    for name in ("epochs", "batch", "lr"):
+        if getattr(s, name) <= 0:
+            raise UserError(f"--{name} is {getattr(s, name)}; expected more than 0")
+    for name in ("pd", "ignore_below"):
+        if not 0 <= (getattr(s, name) or 0) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected 0 to 1")
+    return s
+
+
+def digest(teacher):
+    """A short name for what a teacher learned: another training, another name."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(teacher.rectifier.state_dict().items()):
+        sha.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+@clean_exit
+def main(argv=None):
+    args = parse_arguments(argv)
+    device = pick_device(args.device)
+    path = args.teacher or newest_teacher()
+    teacher = open_teacher(path, device, args.clip)
+    t, s = teacher.settings, settings_of(args, teacher)
+    s.teacher, s.out, s.device = path, args.out or path.parent, str(device)
+    s.amp = device.type == "cuda" if args.amp is None else args.amp
+    data = open_dataset(s.dataset, s.data_root, "train",
+                        teacher.classes if s.dataset == "folder" else None, s.seed)
+    if data.classes != teacher.classes:
+        raise UserError(f"{path} was made for other classes than {s.dataset}'s")
+    if s.use_ground_truth_void and not data.has_labels:
+        raise UserError(f"--use-ground-truth-void: {s.dataset} has no training labels")
+    student = make_student(s, teacher, device)
+    print("  ".join(f"{key}={value}" for key, value in plain(s).items()))
+    count = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes, student of "
+          f"{count / 1e6:.1f} M parameters → {s.out}/")
+
+    s.out.mkdir(parents=True, exist_ok=True)
+    run = Run(s.out / "distill.pt", s, data.classes, teacher.model, student)
+    hypothesis = None
+    if "text" in s.losses and t.hypothesis != "none":
+        t.amp, t.workers = s.amp, s.workers
+        hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, t,
+                                     path.parent / "hypotheses.jsonl", device).to(device)
+    train(s, data, teacher, student, hypothesis, run, device)
+
+    options = ["--device", s.device, "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"]
+    options += ["--data-root", str(s.data_root)] if s.data_root else []
+    evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
+    show_beside_teacher(s.out, path, options + (["--clip", args.clip] if args.clip else []))
+
+
+def show_beside_teacher(out, teacher, options):
+    """One line: mIoU of the teacher, evaluated now if it was not before, and of the student."""
+    read = lambda path: json.loads(path.read_text()) if path.exists() else {}
+    if not read(out / "results.json").get("distilled"):
+        return  # there are no labels to compare with
+    if not read(teacher.parent / "results.json").get("maskclip"):
+        evaluate.main(["--checkpoint", str(teacher), *options])
+    results = read(teacher.parent / "results.json") | read(out / "results.json")
+    names = [name for name in ("maskclip", "rectified", "distilled") if name in results]
+    print("mIoU: " + "  ".join(f"{name} {results[name]['miou']:.2f}" for name in names))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What several test files share: small CLIPs of random weights, small data sets, commands."""
+
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REAL = Path(__file__).with_name("real")  # three photographs in VOC's layout, one in Cityscapes'
+sys.path.insert(0, str(REPOSITORY))
+
+import data  # noqa: E402
+import reclip  # noqa: E402
+from clip.model import CLIP  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; leave out with -m 'not slow'")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """A test that looks for another machine fails."""
+    look_up = socket.getaddrinfo
+
+    def local(host, *args, **kwargs):
+        if host not in ("127.0.0.1", "localhost"):
+            pytest.fail(f"looked for {host}")
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", local)
+
+
+# ---- CLIP --------------------------------------------------------------------------------------
+
+
+def random_clip(seed=0, **changes):
+    """A frozen CLIP of random weights, patches of 16 pixels; no number in it is negligible."""
+    torch.manual_seed(seed)
+    sizes = dict(embed_dim=32, image_resolution=64, vision_layers=2, vision_width=64,
+                 vision_patch_size=16, context_length=77, vocab_size=49408, transformer_width=64,
+                 transformer_heads=1, transformer_layers=2)
+    model = CLIP(**sizes | changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    nn.init.normal_(model.token_embedding.weight, std=0.3)
+    nn.init.normal_(model.positional_embedding, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def plain_text_features(model, prefix, suffix):
+    """Text features of C prompts with nothing shared: all positions of each through all blocks.
+
+    prefix: P×width, embeddings; suffix: C×S, token ids; filled up with token 0. Returns C×D.
+    """
+    rest = torch.zeros(len(suffix), model.context_length - len(prefix) - suffix.shape[1])
+    ids = torch.cat([suffix, rest.to(suffix)], 1)
+    x = torch.cat([prefix.expand(len(ids), -1, -1), model.token_embedding(ids)], 1)
+    x = model.ln_final(model.transformer(x + model.positional_embedding))
+    end = len(prefix) + ids.argmax(1)
+    return x[torch.arange(len(x)), end] @ model.text_projection
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory):
+    """A file of random weights in OpenAI's layout, for --clip."""
+    path = tmp_path_factory.mktemp("clip") / "random.pt"
+    torch.save(random_clip().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_clip():
+    return reclip.load_clip("shapes-tiny")
+
+
+# ---- Data --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def voc_root(tmp_path):
+    """VOC's tree with three photographs: two to train on, one to evaluate."""
+    shutil.copytree(REAL / "VOCdevkit", tmp_path / "voc" / "VOCdevkit")
+    return tmp_path / "voc"
+
+
+@pytest.fixture
+def cityscapes_root(tmp_path):
+    """Cityscapes' tree with one street scene, to train on and to evaluate."""
+    shutil.copytree(REAL / "cityscapes", tmp_path / "cityscapes")
+    for folder in ("leftImg8bit", "gtFine"):
+        shutil.copytree(REAL / "cityscapes" / folder / "val",
+                        tmp_path / "cityscapes" / folder / "train")
+    return tmp_path / "cityscapes"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of photographs alone."""
+    shutil.copytree(REAL / "VOCdevkit" / "VOC2012" / "JPEGImages", tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demo with 24 training and 12 validation images."""
+
+    class SmallShapes(data.Shapes):
+        def __init__(self, split, seed):
+            super().__init__(split, seed)
+            self.ids = self.ids[: 24 if split == "train" else 12]
+
+    monkeypatch.setattr(data, "Shapes", SmallShapes)
+
+
+# ---- Commands ----------------------------------------------------------------------------------
+
+
+def run(main, *arguments):
+    """A script's main() on the CPU; arguments may be of any type."""
+    return main([str(a) for a in (*arguments, "--device", "cpu")])
+
+
+def same(a, b):
+    """Whether two nested structures of tensors and plain values are equal, bit for bit."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def learned(out, name="reclip.pt"):
+    """All that training determines of the checkpoint in a run's folder: not paths and machines."""
+    checkpoint = reclip.load_checkpoint(out / name)
+    return {key: checkpoint[key] for key in ("state", "Wr", "optimizer", "step", "finished")}

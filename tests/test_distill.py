@@ -1,0 +1,394 @@
+"""distill.py: student against torchvision and teacher, losses, training, and every error."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import data
+import distill
+import evaluate
+import reclip
+from data import VOID, UserError
+from test_golden import golden
+
+# ---- Teachers and students, small --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_recipe():
+    """The recipe of VOC at the size of the test's images, and a student of one-block stages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reclip.PAPER, "voc", ((48, 48), 48, 2, 2, 2, 0.01, None))
+        patch.setitem(distill.STUDENTS, "small", dict(blocks=(1, 1), width=8, dilations=(1, 2)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Five training images in VOC's layout, one of them also for validation, with labels."""
+    root = tmp_path_factory.mktemp("voc")
+    tree = root / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tree / folder).mkdir(parents=True)
+    names = [f"2011_{i:06}" for i in range(5)]
+    images, labels = data.draw_shapes(list(range(5)), **data.TARGET)[:2]
+    for i, (name, image, label) in enumerate(zip(names, images, labels)):
+        height = 96 - 10 * i  # not all of one shape, so that some views need padding
+        image = image[:, :height].permute(1, 2, 0).contiguous().numpy()
+        Image.fromarray(image).save(tree / "JPEGImages" / f"{name}.jpg")
+        raw = torch.where(label == VOID, 0, label + 1)[:height].numpy().astype(np.uint8)
+        Image.fromarray(raw).save(tree / "SegmentationClass" / f"{name}.png")
+    for split, listed in (("train", names), ("val", names[:1])):
+        (tree / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(listed) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def teachers(root, tmp_path_factory):
+    """The checkpoints of two epochs of every method, by its name."""
+    out = tmp_path_factory.mktemp("teachers")
+    for method in ("reclip++", "reclip", "maskclip"):
+        reclip.main(["--dataset", "voc", "--data-root", str(root), "--method", method, "--out",
+                     str(out / method), "--device", "cpu", "--workers", "0", "--surgery", "value",
+                     "--clip", "shapes-tiny", "--crop-ratio", "0.5", "--threshold", "0.1",
+                     "--mask-temperature", "0.1", "--scale", "48", "48", "--crop", "48",
+                     "--epochs", "2", "--batch", "2"])
+    return {path.name: path / "reclip.pt" for path in out.iterdir()}
+
+
+def run(teacher, out, *options):
+    distill.main(["--teacher", str(teacher), "--out", str(out), "--device", "cpu", "--workers", "0",
+                  "--student", "small", "--backbone", "none", "--epochs", "2", "--batch", "2",
+                  *options])
+    return torch.load(out / "distill.pt", weights_only=True)
+
+
+def student_of(teacher, *options):
+    """An untrained student, its teacher and four views."""
+    teacher = distill.open_teacher(teacher)
+    s = distill.settings_of(distill.parse_arguments(
+        ["--student", "small", "--backbone", "none", *options]), teacher)
+    views = torch.randint(256, (4, 3, 48, 40), generator=torch.Generator().manual_seed(0))
+    return distill.make_student(s, teacher, "cpu"), teacher, views.to(torch.uint8)
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+
+
+# ---- DeepLabV2 ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_plain_backbone_is_torchvisions():
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    ours = distill.ResNet(stem="plain").eval()
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    distill.load_backbone(ours, state, "torchvision")
+    x = images = torch.randn(1, 3, 65, 49)
+    for name, part in theirs.named_children():
+        x = part(x) if name not in ("avgpool", "fc") else x
+    assert x.shape == (1, 2048, 9, 7)
+    torch.testing.assert_close(ours(images), x)
+
+
+def full_size(depth, stem):
+    """A random state dict with the keys and shapes of a published file, made without distill.py."""
+    state = getattr(torchvision.models, depth)(weights=None).state_dict()
+    if stem == "deep":  # golden/deeplabv2 has Open-MMLab's keys; there the widths are 1/16
+        recorded = golden("deeplabv2")["backbone"]
+        state = {key: value for key, value in state.items() if key.startswith(("layer", "fc"))}
+        for key, value in recorded.items():
+            channels = [n if n == 3 else 16 * n for n in value.shape[:2]]
+            if key.startswith("stem"):
+                state[key] = torch.empty(*channels, *value.shape[2:])
+            elif depth == "resnet50":
+                assert list(state[key].shape[:2]) == channels
+    return {k: torch.randn(v.shape) if v.is_floating_point() else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("depth, stem", [("resnet50", "deep"), ("resnet101", "deep"),
+                                         ("resnet50", "plain")])
+def test_published_layouts_load(depth, stem, tmp_path):
+    state, path = full_size(depth, stem), tmp_path / "weights.pth"
+    wrapped = {"meta": {}, "state_dict": {f"backbone.{k}": v for k, v in state.items()}}
+    torch.save(wrapped if depth == "resnet50" else state, path)
+    read, found = distill.pretrained_backbone(str(path), depth)
+    assert found == stem
+    network = distill.DeepLabV2(8, stem=found, **distill.STUDENTS[depth])
+    distill.load_backbone(network.backbone, read, path)
+    loaded = network.backbone.state_dict()
+    # All is there, running statistics too; only the counters of batches may be missing.
+    assert all(torch.equal(loaded[k], state[k]) for k in loaded if k in state)
+    assert all("num_batches" in key for key in set(loaded) - set(state))
+    assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
+    if depth == "resnet50" and stem == "deep":
+        other = distill.ResNet((3, 4, 23, 3))
+        with pytest.raises(UserError, match="255 missing, first layer3.6.conv1.weight"):
+            distill.load_backbone(other, {k: v for k, v in read.items() if "num" not in k}, path)
+        with pytest.raises(UserError, match="1 left over, first extra"):
+            distill.load_backbone(network.backbone, read | {"extra": torch.ones(1)}, path)
+
+
+# ---- The inherited head ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method, kind", [("reclip++", "inherit"), ("reclip", "query+bias"),
+                                          ("maskclip", "inherit")])
+def test_the_head_does_with_the_teachers_features_what_the_teacher_does(teachers, method, kind):
+    student, teacher, views = student_of(teachers[method], "--head", kind)
+    images = data.normalise(views, teacher.mean, teacher.std)
+    features = reclip.dense_features(teacher.visual, images, teacher.settings.surgery)
+    expected = teacher.logits(views)[1]  # on a grid that is not CLIP's own
+    logits = student.eval().head(features, (48, 40))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_heads_of_the_ablations(teachers):
+    for method, kind, names in (("reclip++", "query", "Wq"), ("reclip++", "query+bias", "Wq Wr Wp"),
+                                ("reclip", "inherit", "Wq Wr"), ("maskclip", "inherit", "Wq")):
+        head = student_of(teachers[method], "--head", kind)[0].head
+        assert list(head.state_dict()) == names.split()
+    student, _, views = student_of(teachers["reclip"])
+    Z = F.normalize(student(views)[0], dim=1)
+    expected = reclip.classify(Z, student.head.Wq) - reclip.classify(Z, student.head.Wr)
+    torch.testing.assert_close(student(views)[1], expected)
+
+
+# ---- The losses --------------------------------------------------------------------------------
+
+
+def test_upsampling_by_matrices():
+    x, y = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 33, 20)
+    up = distill.upsample(x, (33, 20))
+    torch.testing.assert_close(up, F.interpolate(x, (33, 20), mode="bilinear"))
+    torch.testing.assert_close((up * y).sum(), (x * distill.to_cells(y, (5, 7))).sum())
+
+
+@pytest.mark.parametrize("grid", [(6, 5), (4, 3)])
+def test_feature_loss_is_the_distance_between_upsampled_features(grid):
+    Z, Z_hat = torch.randn(2, 7, *grid), torch.randn(2, 7, 6, 5, requires_grad=True)
+    valid = torch.rand(2, 41, 33) > 0.3
+    up = lambda x: F.interpolate(x, (41, 33), mode="bilinear")
+    expected = ((up(Z) - up(Z_hat)).abs().mean(1) * valid).sum() / valid.sum()
+    gradient, = torch.autograd.grad(expected, Z_hat)
+    loss = distill.feature_loss(Z, Z_hat, valid)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, Z_hat)[0], gradient)
+
+
+def test_text_loss_pools_pixels():
+    Z_hat, Wq = F.normalize(torch.randn(2, 7, 6, 5), dim=1), torch.randn(4, 7)
+    labels = torch.randint(4, (2, 41, 33)).where(torch.rand(2, 41, 33) > 0.2, VOID)
+    hypothesis, tau = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]).bool(), 0.1
+    up, total = F.interpolate(Z_hat, (41, 33), mode="bilinear"), 0.0
+    for k in (0, 2):
+        pooled = (up[0] * (labels[0] == k)).mean((1, 2))
+        total += F.cross_entropy(Wq @ pooled / tau, torch.tensor(k)) / 2
+    masks = distill.label_masks(labels, 4, (6, 5))
+    torch.testing.assert_close(distill.text_loss(Z_hat, masks, Wq, hypothesis, tau), total / 2)
+
+
+def test_losses_without_a_pixel_are_zero():
+    labels = torch.full((2, 9, 9), VOID)
+    assert distill.mask_loss(torch.randn(2, 4, 3, 3), labels) == 0
+    Z, Z_hat = torch.randn(2, 2, 5, 3, 3)
+    assert distill.feature_loss(Z, Z_hat, labels != VOID) == 0
+
+
+@pytest.mark.parametrize("name", distill.LOSSES)
+def test_every_loss_reaches_the_backbone_and_nothing_inherited(teachers, name):
+    student, teacher, views = student_of(teachers["reclip++"])
+    Z, labels = distill.teach(teacher, views, torch.tensor([[48, 40]] * 4))
+    Z_hat, logits = student.train()(views)
+    masks = distill.label_masks(labels, 20, Z_hat.shape[2:])
+    loss = {"mask": lambda: distill.mask_loss(logits, labels),
+            "feature": lambda: distill.feature_loss(Z, Z_hat, labels != VOID),
+            "text": lambda: distill.text_loss(F.normalize(Z_hat, dim=1), masks, student.head.Wq,
+                                              masks.flatten(2).any(2))}[name]()
+    loss.backward()
+    for part in (student.network.backbone, student.network.aspp):
+        assert all(p.grad.isfinite().all() for p in part.parameters())
+        assert sum(p.grad.abs().sum() for p in part.parameters()) > 0
+    assert not any(p.requires_grad or p.grad is not None for p in student.head.parameters())
+    assert not any(b.requires_grad for b in student.head.buffers())
+    frozen = [*teacher.rectifier.parameters(), *teacher.model.parameters(), teacher.Wr, Z]
+    assert not any(p.requires_grad for p in frozen)
+
+
+# ---- The teacher's labels ----------------------------------------------------------------------
+
+
+def test_padding_and_uncertain_pixels_are_ignored(teachers):
+    _, teacher, views = student_of(teachers["reclip++"])
+    sizes = torch.tensor([[48, 40], [30, 40], [48, 11], [1, 1]])
+    Z, labels = distill.teach(teacher, views, sizes)
+    assert Z.shape == (4, 64, 6, 5) and labels.shape == (4, 48, 40)
+    for label, (h, w) in zip(labels, sizes.tolist()):
+        assert (label[:h, :w] < 20).all() and (label != VOID).sum() == h * w
+    some = distill.teach(teacher, views, sizes, ignore_below=0.95)[1]
+    assert torch.equal(some[some != VOID], labels[some != VOID])
+    assert 0 < (some != VOID).sum() < (labels != VOID).sum()
+    # prompt denoising that leaves one class leaves one label
+    assert len(distill.teach(teacher, views[:1], sizes[:1], pd=1.0)[1].unique()) == 1
+
+
+def test_void_follows_the_view():
+    class Dataset:  # its images show what its labels leave out
+        ids = ["a", "b"]
+
+        def __len__(self):
+            return 2
+
+        def label(self, index):
+            coins = torch.rand(9, 14, generator=torch.Generator().manual_seed(index)) > 0.5
+            return torch.where(coins, VOID, 3).repeat_interleave(6, 0).repeat_interleave(6, 1)
+
+        def image(self, index):
+            return (self.label(index) == VOID).to(torch.uint8).mul(255).expand(3, -1, -1)
+
+    views = distill.ViewsWithGroundTruthVoid(Dataset(), (60, 60), 40, (0.5, 2.0), False, 5)
+    for epoch in range(8):
+        item = views[epoch, epoch % 2]
+        assert torch.equal(item["void"], item["view"][0] > 127)
+        h, w = item["size"]
+        assert 0.2 < item["void"][:h, :w].float().mean() < 0.8
+
+
+# ---- Training ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["reclip++", "reclip", "maskclip"])
+def test_training(teachers, method, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    student, teacher, views = student_of(teachers[method])
+    before = student.head.state_dict()
+    checkpoint = run(teachers[method], tmp_path)
+    state = checkpoint["state"]
+    assert checkpoint["kind"] == "distill" and checkpoint["finished"] and checkpoint["step"] == 6
+    inherited = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+    assert same(inherited, before)
+    assert not torch.equal(state["network.backbone.stem.0.weight"],
+                           student.network.backbone.stem[0].weight)
+    assert (tmp_path / "results.json").read_text().count("distilled") == 1
+    # A student stands on its own: without CLIP, and without its teacher.
+    monkeypatch.setattr(reclip.clip, "load", None)
+    alone = distill.load_student(tmp_path / "distill.pt")
+    student.load_state_dict(state)
+    logits = alone.logits(views)
+    assert logits.shape == (4, 20, 6, 5) and alone.classes == data.CLASSES["voc"]
+    assert torch.equal(logits, student.eval().logits(views))
+
+
+@pytest.mark.parametrize("options", [(), (
+    "--text-masks", "student", "--head", "learned", "--losses", "text,mask", "--pd", "0.1",
+    "--ignore-below", "0.9")])
+def test_interrupted_and_resumed_is_uninterrupted(teachers, tmp_path, monkeypatch, options):
+    whole = run(teachers["reclip++"], tmp_path / "whole", *options)
+
+    def interrupt(log, step, *_, plain=reclip.Log.step, **values):
+        if step == 5:
+            raise KeyboardInterrupt
+        plain(log, step, *_, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reclip.Log, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(teachers["reclip++"], tmp_path / "parts", *options)
+    assert torch.load(tmp_path / "parts" / "distill.pt", weights_only=True)["step"] == 3
+    parts = run(teachers["reclip++"], tmp_path / "parts", *options)
+    assert same(whole["state"], parts["state"])
+    again = run(teachers["reclip++"], tmp_path / "parts", *options)  # finished: nothing to do
+    assert same(whole["state"], again["state"])
+    with pytest.raises(SystemExit):
+        run(teachers["reclip++"], tmp_path / "parts", *options, "--lr", "0.02")
+
+
+def test_no_label_is_opened_but_on_request(root, teachers, tmp_path, monkeypatch, capsys):
+    expected = run(teachers["reclip++"], tmp_path / "labelled")
+    dropped = run(teachers["reclip++"], tmp_path / "void", "--use-ground-truth-void")
+    assert dropped["settings"]["use_ground_truth_void"]
+    assert not same(expected["state"], dropped["state"])
+    bare = tmp_path / "bare"
+    shutil.copytree(root, bare)
+    shutil.rmtree(bare / "VOCdevkit" / "VOC2012" / "SegmentationClass")
+    monkeypatch.setattr(data, "read_label", None)  # opening one would fail
+    options = ("--data-root", str(bare))
+    without = run(teachers["reclip++"], tmp_path / "unlabelled", *options)
+    assert same(expected["state"], without["state"])
+    with pytest.raises(SystemExit):
+        run(teachers["reclip++"], tmp_path / "no", *options, "--use-ground-truth-void")
+    assert "has no training labels" in capsys.readouterr().err
+
+
+def test_newest_teacher(teachers, tmp_path):
+    with pytest.raises(UserError, match="run python reclip.py first"):
+        distill.newest_teacher(tmp_path)
+    for method in ("reclip++", "maskclip"):  # the last one is not rectified
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "reclip.pt").write_bytes(teachers[method].read_bytes())
+    assert distill.newest_teacher(tmp_path) == tmp_path / "reclip++" / "reclip.pt"
+
+
+# ---- Mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--losses", "mask,depth"], "expected some of mask,feature,text"),
+    (["--head", "learned", "--losses", "text"], "add mask to --losses"),
+    (["--backbone", "imagenet"], "small has no ImageNet weights"),
+    (["--student", "resnet50", "--backbone", "nowhere.pth"], "no file nowhere.pth"),
+    (["--epochs", "0"], "--epochs is 0"),
+    (["--lr", "-1"], "--lr is -1.0"),
+    (["--pd", "2"], "--pd is 2.0; expected 0 to 1"),
+    (["--ignore-below", "1.5"], "--ignore-below is 1.5"),
+    (["--data-root", "nowhere"], "nowhere"),
+])
+def test_mistakes(teachers, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        run(teachers["reclip++"], tmp_path, *options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "distill.pt").exists()
+
+
+def test_wrong_teachers(teachers, tmp_path):
+    path = tmp_path / "reclip.pt"
+    with pytest.raises(UserError, match="no checkpoint"):
+        distill.open_teacher(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="or is damaged"):
+        distill.open_teacher(path)
+    checkpoint = torch.load(teachers["reclip++"], weights_only=True)
+    torch.save(checkpoint | {"finished": False}, path)
+    with pytest.raises(UserError, match="is not finished; repeat"):
+        distill.open_teacher(path)
+    torch.save(checkpoint | {"kind": "distill"}, path)
+    with pytest.raises(UserError, match="is a student"):
+        distill.open_teacher(path)
+    with pytest.raises(UserError, match="is not a student's checkpoint"):
+        distill.load_student(teachers["reclip++"])
+    with pytest.raises(UserError, match="needs a teacher with a bias"):
+        student_of(teachers["maskclip"], "--head", "query+bias")
+
+
+def test_failed_downloads_and_foreign_weights(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fail)
+    with pytest.raises(UserError, match=r"cannot download https://.*resnet101.*--backbone none"):
+        distill.pretrained_backbone("imagenet", "resnet101")
+    for content in (b"nothing", torch.ones(3)):
+        path = tmp_path / "weights.pth"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(UserError, match="holds no weights of a ResNet"):
+            distill.pretrained_backbone(str(path))

@@ -1,0 +1,418 @@
+"""reclip.py's pieces against plain loops, formulas by hand and CLIP itself."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip
+import data
+import reclip
+from clip.model import QuickGELU
+from conftest import plain_text_features, random_clip, same
+from data import UserError
+from reclip import (Decoder, Rectifier, Reference, contrastive_loss, crop_hypothesis, crop_windows,
+                    dense_features, encode_shared_prefix, global_feature, global_hypothesis,
+                    gumbel_masks, gumbel_noise, make_hypotheses, masked_pooling, query_features)
+
+NAMES = {"cat": 1, "potted plant": 2, "chest of drawers": 3, "big old grey barn owl": 5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_clip()
+
+
+def pictures(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+# ---- Dense features ----------------------------------------------------------------------------
+
+
+def test_attention_restored_is_stock_clip(model, monkeypatch):
+    images = pictures(2, 3, 64, 64)
+    stock = F.normalize(model.encode_image(images), dim=-1)
+    torch.testing.assert_close(global_feature(model.visual, images), stock, atol=1e-4, rtol=0)
+    monkeypatch.setattr(reclip, "norm", lambda layer, x: layer(x))  # CLIP's own epsilon
+    torch.testing.assert_close(global_feature(model.visual, images), stock, atol=1e-6, rtol=0)
+
+
+def test_surgery_value_is_two_convolutions_and_program_is_more(model):
+    images = pictures(2, 3, 64, 48)
+    tokens, grid = reclip.tokens_before_last_block(model.visual, images)
+    block = model.visual.transformer.resblocks[-1]
+    x = F.layer_norm(tokens[:, 1:], (64,), block.ln_1.weight, block.ln_1.bias, 1e-6)
+    v = x @ block.attn.in_proj_weight[128:].T + block.attn.in_proj_bias[128:]
+    v = v @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+    expected = (model.visual.ln_post(v) @ model.visual.proj).mT.reshape(2, 32, 4, 3)
+    value = dense_features(model.visual, images, "value")
+    assert grid == (4, 3)
+    torch.testing.assert_close(value, expected)
+    assert (dense_features(model.visual, images, "program") - value).abs().mean() > 0.1
+
+
+def test_images_are_padded_right_and_bottom_to_whole_patches(model):
+    images = pictures(2, 3, 40, 52)
+    padded = torch.zeros(2, 3, 48, 64)
+    padded[:, :, :40, :52] = images
+    Z = dense_features(model.visual, images)
+    assert Z.shape == (2, 32, 3, 4)
+    torch.testing.assert_close(Z, dense_features(model.visual, padded))
+
+
+def test_the_callers_clip_is_not_changed():
+    model = random_clip()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    exact = reclip.image_encoder(model, "paper")
+    dense_features(exact, pictures(1, 3, 40, 52))
+    global_feature(model.visual, pictures(1, 3, 40, 52))
+    Wq = query_features(model, ["cat", "dog"], ["a {}."])
+    Rectifier(model, ["cat", "dog"], Wq).Wr(model)
+    assert same(dict(model.state_dict()), before)
+    assert all(isinstance(b.mlp.gelu, QuickGELU) for b in model.visual.transformer.resblocks)
+    assert all(isinstance(b.mlp.gelu, torch.nn.GELU) for b in exact.transformer.resblocks)
+
+
+def test_query_is_the_mean_of_unit_features(model):
+    templates = ["a photo of a {}.", "{}.", "a rather long sentence in which there is one {}."]
+    expected = []
+    for name in NAMES:
+        features = [model.encode_text(clip.tokenize(t.format(name)))[0] for t in templates]
+        mean = sum(f / f.norm() for f in features) / len(features)
+        expected.append(mean / mean.norm())
+    actual = query_features(model, list(NAMES), templates, batch=5)
+    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-5, rtol=0)
+
+
+# ---- Reference ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [list(NAMES), *([name] for name in NAMES)],
+                         ids=", ".join)
+def test_shared_prefix_equals_all_77_positions_of_each_class(names):
+    model = random_clip(transformer_width=128, transformer_heads=2, transformer_layers=3)
+    reference = Reference(model, names)
+    torch.nn.init.normal_(reference.prompt, std=0.3)
+    prefix = torch.cat([reference.start, reference.prompt])
+    weights = pictures(len(names), 32)
+
+    def value_and_gradient(encode):
+        Wr = encode(model, torch.cat([reference.start, reference.prompt]), reference.suffix)
+        return Wr, *torch.autograd.grad((Wr * weights).sum(), reference.prompt)
+
+    plain, plain_gradient = value_and_gradient(plain_text_features)
+    ours, gradient = value_and_gradient(encode_shared_prefix)
+    assert ours.shape == (len(names), 32) and len(prefix) + reference.suffix.shape[1] <= 77
+    assert (ours - plain).abs().max() < 1e-5 * max(1, plain.abs().max())
+    assert (gradient - plain_gradient).abs().max() < 1e-5 * plain_gradient.abs().max()
+    assert plain_gradient.abs().amin(0).max() > 0  # every learned word matters
+    torch.testing.assert_close(reference(model), plain / plain.norm(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("longest, L", [(1, 73), (2, 73), (3, 72), (5, 70), (73, 2), (74, 1)])
+def test_every_name_keeps_its_end_token(model, longest, L):
+    names = ["cat", " ".join(["owl"] * longest)]
+    reference = Reference(model, names)
+    end = clip.tokenize("")[0, 1]
+    assert reference.prompt.shape == (L, 64)
+    assert reference.suffix.shape == (2, longest + 1)
+    assert reference.suffix[0, 1] == reference.suffix[1, longest] == end
+    assert (reference.suffix == end).sum(1).tolist() == [1, 1]
+    assert torch.equal(reference.prompt, model.token_embedding.weight[0].expand(L, -1))
+
+
+@pytest.mark.parametrize("tokens", [75, 200, 600])
+def test_a_name_without_room_for_a_prompt(model, tokens):
+    with pytest.raises(UserError, match=r"class name 'owl owl .* leaves no room for a prompt"):
+        Reference(model, ["cat", " ".join(["owl"] * tokens)])
+
+
+# ---- Bias, masks, loss -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_rectified_logits_by_hand(model):
+    """Mb and M of both versions, patch by patch."""
+    torch.manual_seed(0)
+    C, D, h, w = 3, 32, 2, 3
+    Z, p = F.normalize(torch.randn(2, D, h, w), dim=1), torch.randn(1, 64, h, w)
+    Wq, Wr = torch.randn(C, D), torch.randn(C, D)
+    for bias in ("independent", "joint", "reference", "none"):
+        for sign in (-1, 1):
+            rectifier = Rectifier(model, ["a", "b", "c"], Wq, bias, False, sign).eval()
+            Mq, M = rectifier(Z, p, Wr)
+            for b, i, j, k in torch.cartesian_prod(*map(torch.arange, (2, h, w, C))).tolist():
+                Mb = 0
+                if bias == "independent":
+                    conv = rectifier.position
+                    Mb = (conv.weight[:, :, 0, 0] @ p[0, :, i, j] + conv.bias) @ Wr[k]
+                elif bias != "none":
+                    Mb = Z[b, :, i, j] @ Wr[k]
+                    Mb = Mb + rectifier.position(p)[0, k, i, j] if bias == "joint" else Mb
+                query = Z[b, :, i, j] @ Wq[k]
+                assert Mq[b, k, i, j].item() == pytest.approx(query.item(), abs=1e-5)
+                assert M[b, k, i, j].item() == pytest.approx(float(query + sign * Mb), abs=1e-5)
+
+
+def test_decoder_sees_features_and_logits_of_a_5x5_neighbourhood():
+    decoder = Decoder(4, 3).eval()
+    Z, M = pictures(1, 4, 9, 9), pictures(1, 3, 9, 9)
+    for source, channel in ((Z, 1), (M, 2)):
+        before = decoder(Z, M)
+        source[0, channel, 4, 4] += 1
+        reached = (decoder(Z, M) != before).any(1)[0]
+        expected = torch.zeros(9, 9, dtype=torch.bool)
+        expected[2:7, 2:7] = True
+        assert torch.equal(reached, expected)
+
+
+def test_gumbel_masks_are_one_hot_with_the_gradient_of_a_softmax():
+    logits = pictures(2, 4, 5, 6).requires_grad_()
+    noise, weights = gumbel_noise((4, 5, 6), [1, 2]), pictures(2, 4, 5, 6)
+    masks = gumbel_masks(logits, 0.5, noise)
+    expected = F.one_hot((logits / 0.5 + noise).argmax(1), 4).permute(0, 3, 1, 2).float()
+    assert torch.equal(masks, expected)
+    (gradient,) = torch.autograd.grad((masks * weights).sum(), logits)
+    soft = ((logits / 0.5 + noise).softmax(1) * weights).sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(soft, logits)[0])
+
+
+def test_gumbel_noise_depends_on_the_seed_alone():
+    noise = gumbel_noise((3, 40, 50), [5, 2**62, 7])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert torch.equal(gumbel_noise((3, 40, 50), [2**62, 5]), noise[[1, 0]])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(noise[0], noise[1])
+    # The standard Gumbel distribution has mean 0.5772 and variance π²/6.
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.04)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.06)
+
+
+def test_masked_pooling_divides_by_all_patches():
+    masks, features = pictures(2, 3, 4, 5), pictures(2, 6, 4, 5)
+    pooled = masked_pooling(masks, features)
+    assert pooled.shape == (2, 3, 6)
+    for b in range(2):
+        for c in range(3):
+            for k in range(6):
+                total = sum(masks[b, c, i, j] * features[b, k, i, j]
+                            for i in range(4) for j in range(5))
+                assert pooled[b, c, k].item() == pytest.approx(total.item() / 20, abs=1e-6)
+
+
+@pytest.mark.parametrize("hypothesis", [
+    [[1, 0, 1], [0, 1, 0], [0, 0, 0]],  # an image without a hypothesis counts in B all the same
+    [[1, 1, 1], [0, 0, 1], [1, 1, 0]],
+])
+def test_contrastive_loss_against_a_loop(hypothesis):
+    S, tau, total = pictures(3, 3, 3), 0.5, 0.0
+    for b in range(3):
+        present = [k for k in range(3) if hypothesis[b][k]]
+        for k in present:
+            exponentials = [math.exp(S[b, k, j].item() / tau) for j in range(3)]
+            total -= math.log(exponentials[k] / sum(exponentials)) / len(present)
+    loss = contrastive_loss(S, torch.tensor(hypothesis).bool(), tau)
+    assert loss.item() == pytest.approx(total / 3, rel=1e-5)
+
+
+# ---- Hypotheses --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r, steps", [(1 / 6, 11), (1 / 2, 3), (1, 1)])
+@pytest.mark.parametrize("H, W", [(375, 500), (96, 96), (338, 501)])
+def test_windows_overlap_by_half_and_cover_the_image(r, steps, H, W):
+    windows = crop_windows(H, W, r)
+    assert len(windows) == len(set(windows)) == steps**2
+    covered = torch.zeros(H, W, dtype=torch.bool)
+    for top, left, height, width in windows:
+        assert (height, width) == (round(r * H), round(r * W))
+        assert 0 <= top <= H - height and 0 <= left <= W - width
+        covered[top : top + height, left : left + width] = True
+    assert covered.all()
+    for starts, side in (({t for t, *_ in windows}, H), ({l for _, l, *_ in windows}, W)):
+        starts = sorted(starts)
+        assert all(abs(b - a - r * side / 2) <= 1 for a, b in zip(starts, starts[1:]))
+
+
+def test_crops_are_clips_view_of_the_windows():
+    image = (pictures(3, 60, 90).sigmoid() * 255).to(torch.uint8)
+    crops = reclip.cut_crops(image, 1 / 2, 24)
+    assert crops.shape == (9, 3, 24, 24) and crops.dtype == torch.uint8
+    part = image[:, 15:45, 22:67]  # the middle one, 30×45; round(22.5) is 22
+    expected = F.interpolate(part[None].float(), (24, 36), mode="bicubic", antialias=True)
+    difference = crops[4].float() - expected[0, :, :, 6:30].clamp(0, 255)
+    assert difference.abs().max() <= 1.5
+
+
+def test_eq_6_by_hand():
+    counts = torch.tensor([[8, 9, 104, 0], [121, 0, 0, 0]]).double()  # 8/121 < 7 % < 9/121
+    assert crop_hypothesis(counts, 0.07).tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
+    assert crop_hypothesis(counts, 0.0).tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+
+
+def test_global_hypothesis_by_hand():
+    scores = torch.tensor([[24.0, 22, 23, 10], [21, 22, 20, 22.5], [5, 4, 3, 2]])
+    assert global_hypothesis(scores, 23, 2).tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]]
+    assert global_hypothesis(scores, 90, 9).all()  # more than there are classes
+
+
+@pytest.fixture
+def demo(small_demo, tiny_clip, tmp_path, monkeypatch):
+    """make(**changed settings) → hypotheses of the small demo; make.encoded: ids so far."""
+    images = data.open_dataset("shapes")
+    Wq = query_features(tiny_clip, images.classes, ["a photo of a {}."])
+    scores, read = reclip.image_scores, images.image
+
+    def make(**changes):
+        s = dict(amp=False, workers=0, seed=0) | reclip.recipe("shapes") | changes
+        return make_hypotheses(images, tiny_clip, Wq, argparse.Namespace(**s), make.path, "cpu")
+
+    def image(index):
+        make.encoded.append(images.ids[index])
+        if len(make.encoded) > make.limit:
+            raise KeyboardInterrupt
+        return read(index)
+
+    monkeypatch.setattr(images, "image", image)
+    make.images, make.path = images, tmp_path / "hypotheses.jsonl"
+    make.encoded, make.limit, make.device = [], 999, "cpu"
+    make.scores = lambda i, s: scores(read(i), tiny_clip, Wq, s)
+    return make
+
+
+def test_hypotheses_are_made_once(demo):
+    first = demo()
+    assert first.shape == (24, 10) and 24 < first.sum() < 120  # 1 to 4 objects an image
+    assert demo.encoded == demo.images.ids
+    assert torch.equal(demo(), first) and len(demo.encoded) == 24
+    counts = [json.loads(line)["scores"] for line in demo.path.read_text().splitlines()[1:]]
+    assert [sum(row) for row in counts] == [9] * 24  # r = 1/2
+    assert torch.equal(demo(threshold=0.3), torch.tensor(counts) > 2.7)
+    assert len(demo.encoded) == 24 and not torch.equal(demo(threshold=0.3), first)
+
+
+def test_hypotheses_are_keyed_by_id(demo):
+    first = demo()
+    demo.images.ids = demo.images.ids[::-1]
+    assert torch.equal(demo(), first.flip(0))
+    demo.images.ids = demo.images.ids[5:8]
+    assert torch.equal(demo(), first.flip(0)[5:8]) and len(demo.encoded) == 24
+
+
+@pytest.mark.parametrize("changes", [dict(crop_ratio=1 / 3), dict(hypothesis="global"),
+                                     dict(seed=1)])
+def test_hypotheses_of_other_settings_are_refused(demo, changes):
+    demo()
+    with pytest.raises(UserError, match="hypotheses.jsonl was made with other settings"):
+        demo(**changes)
+    assert len(demo.encoded) == 24
+
+
+def test_interrupted_hypotheses_go_on(demo):
+    expected = demo()
+    whole = demo.path.read_text()
+    demo.path.unlink()
+    demo.encoded.clear()
+    demo.limit = 7
+    with pytest.raises(KeyboardInterrupt):
+        demo()
+    part = demo.path.with_name("hypotheses.jsonl.part")
+    assert not demo.path.exists() and part.read_text() == "".join(
+        line + "\n" for line in whole.splitlines()[:8])
+    with open(part, "a") as file:
+        file.write(whole.splitlines()[8][:20])  # a line cut off in the middle
+    demo.encoded.clear()
+    demo.limit = 999
+    assert torch.equal(demo(), expected)
+    assert demo.encoded == demo.images.ids[7:]
+    assert demo.path.read_text() == whole and not part.exists()
+
+
+def test_global_scores_are_cosines(demo, tiny_clip):
+    s = argparse.Namespace(**reclip.recipe("shapes", hypothesis="global"), amp=False)
+    image = reclip.evaluation_view(demo.images.drawn[0][3], s.scale)
+    view = data.normalise(image[None], data.CLIP_MEAN, data.CLIP_STD)
+    Wq = query_features(tiny_clip, demo.images.classes, ["a photo of a {}."])
+    expected = 100 * torch.cosine_similarity(global_feature(tiny_clip.visual, view), Wq)
+    torch.testing.assert_close(torch.tensor(demo.scores(3, s)), expected, atol=1e-3, rtol=0)
+
+
+# ---- Recipes and training ----------------------------------------------------------------------
+
+
+def test_recipes():
+    """Rows of the published tables, typed in a second time."""
+    row = lambda *key: [reclip.recipe(*key)[k] for k in
+                        ("scale", "crop", "schedule", "epochs", "batch", "lr", "pd")]
+    assert row("voc") == [(2048, 336), 336, 200, 50, 1, 0.01, 1.0] == row("folder")
+    assert row("cityscapes") == [(2048, 448), 512, 300, 50, 16, 0.16, 0.5]
+    assert row("context", "paper") == [(520, 520), 480, 150, 150, 16, 0.01, 0.75]
+    assert row("stuff", "paper") == [(2048, 512), 512, 30, 30, 16, 0.01, 0.9]
+    assert reclip.recipe("voc")["threshold"] == reclip.recipe("cityscapes")["threshold"] == 0.07
+    assert reclip.recipe("context")["threshold"] == 0
+    old = reclip.recipe("cityscapes", "release", "reclip")
+    assert (old["threshold"], old["top"], old["pd"]) == (21.5, 2, 0.5)
+    assert old["mask_temperature"] == 0.001 and reclip.recipe("voc")["mask_temperature"] == 0.01
+    assert reclip.recipe("context", "release", "reclip")["pd"] == 0.6
+    assert reclip.recipe("ade", "paper")["pd"] is reclip.recipe("voc", "paper", "maskclip")["pd"]
+
+
+# Biases that the batch norm after them takes away again: their gradients are rounding errors.
+BEFORE_A_NORM = {"decoder.conv.bias", "position.0.bias", "position.3.bias", "position.6.bias"}
+
+
+@pytest.mark.parametrize("bias, decoder, parts", [
+    ("independent", True, {"reference", "position", "decoder"}),
+    ("joint", False, {"reference", "position"}),
+    ("reference", False, {"reference"}),
+    ("none", True, {"decoder"}),
+])
+def test_gradients_reach_what_is_learned_and_nothing_else(small_demo, tmp_path, bias, decoder,
+                                                          parts):
+    model = reclip.load_clip("shapes-tiny")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = data.open_dataset("shapes")
+    Wq = query_features(model, images.classes, ["a photo of a {}."])
+    torch.manual_seed(0)
+    rectifier = Rectifier(model, images.classes, Wq, bias, decoder)
+    start = {key: value.clone() for key, value in rectifier.state_dict().items()}
+    s = argparse.Namespace(**reclip.recipe("shapes") | dict(epochs=1, weight_decay=0.0),
+                           preset="release", seed=0, workers=0, amp=False)
+    hypothesis = torch.rand(24, 10) < 0.3
+    run = reclip.Run(tmp_path / "reclip.pt", s, images.classes, model, rectifier)
+    reclip.train(s, images, model, rectifier, hypothesis, run, torch.device("cpu"))
+
+    gradients = {name: p.grad for name, p in rectifier.named_parameters()}
+    assert {name.split(".")[0] for name in gradients} == parts
+    for name, gradient in gradients.items():
+        if name not in BEFORE_A_NORM:
+            assert gradient.abs().max() > 1e-6, name
+            assert not torch.equal(start[name], rectifier.state_dict()[name]), name
+    for buffer in ("Wq", "reference.start", "reference.suffix"):
+        if buffer in start:
+            assert torch.equal(start[buffer], rectifier.state_dict()[buffer])
+    assert all(p.grad is None for p in model.parameters())
+    assert same(dict(model.state_dict()), before)
+
+
+def test_batches_take_every_image_once_an_epoch_and_start_anywhere():
+    batches = list(reclip.Batches(7, 3, 4, seed=5))
+    assert [len(b) for b in batches] == [3, 3, 1] * 4
+    for epoch in range(4):
+        keys = sum(batches[3 * epoch : 3 * epoch + 3], [])
+        assert sorted(keys) == [(epoch, i) for i in range(7)]
+    assert [i for _, i in sum(batches[:3], [])] != [i for _, i in sum(batches[3:6], [])]
+    for first in range(13):
+        rest = reclip.Batches(7, 3, 4, seed=5, first=first)
+        assert list(rest) == batches[first:] and len(rest) == 12 - first
+    assert list(reclip.Batches(7, 3, 4, seed=6)) != batches
+
+
+def test_fingerprint_tells_clips_apart():
+    first = reclip.fingerprint(random_clip(0))
+    assert first == reclip.fingerprint(random_clip(0)) != reclip.fingerprint(random_clip(1))

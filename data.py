@@ -8,8 +8,8 @@ The file goes from names to pixels: 1 class names and templates, 2 colours, 3 re
 4 the data sets, 5 the built-in demo, 6 views, 7 getting the data, 8 the command above.
 
 Images are uint8 tensors 3×H×W (RGB). Labels are int64 tensors H×W holding class indices 0…C-1, and
-VOID where a pixel has no class or counts for nothing. Only `SegmentationData.label` opens a label
-file; training never calls it.
+VOID where a pixel has no class or counts for nothing. Only `SegmentationData.label` and `.objects`
+open ground truth; training never calls them.
 """
 
 import argparse
@@ -203,6 +203,12 @@ CITYSCAPES_PALETTE = torch.tensor([  # the official colours, in the order of the
     (0, 80, 100), (0, 0, 230), (119, 11, 32)], dtype=torch.uint8)
 
 
+def dataset_palette(name, num_classes):
+    """The colours of a data set's classes, uint8 C×3: its own where it has some, else VOC's."""
+    own = {"cityscapes": CITYSCAPES_PALETTE, "shapes": SHAPES_PALETTE}
+    return own[name] if name in own else palette(num_classes)
+
+
 # ------------------------------------------------------------------------------------------------
 # 3. Reading one file
 
@@ -308,6 +314,38 @@ CITYSCAPES_IDS = _table({raw: VOID for raw in range(34)} | {raw: k for k, raw in
 STUFF_IDS = _table({raw: k for k, ids in enumerate(STUFF.values()) for raw in _expand(ids)})
 
 
+def connected_regions(label):
+    """The connected regions of equal label as objects: int64 H×W → int64 H×W.
+
+    Ids start at 1, from the top left; 0 where the label is VOID. A pixel touches its eight
+    neighbours. Exact: pixels make runs along the rows, runs that touch from row to row are joined,
+    all at once, each to the smallest run it knows to belong to it, until nothing changes.
+    """
+    H, W = label.shape
+    starts = torch.ones(H, W, dtype=torch.bool)
+    starts[:, 1:] = label[:, 1:] != label[:, :-1]
+    run = starts.flatten().cumsum(0).reshape(H, W) - 1
+    pairs = []
+    for shift in (-1, 0, 1):  # lower left, below, lower right
+        upper = slice(max(0, -shift), W - max(0, shift))
+        lower = slice(max(0, shift), W + min(0, shift))
+        same = label[:-1, upper] == label[1:, lower]
+        pairs.append(torch.stack([run[:-1, upper][same], run[1:, lower][same]]))
+    a, b = torch.cat(pairs, 1).unique(dim=1)
+    root, known = torch.arange(int(starts.sum())), None
+    while known is None or not torch.equal(root, known):
+        known = root
+        lowest = torch.minimum(known[a], known[b])
+        root = known.scatter_reduce(0, known[a], lowest, "amin")
+        root = root.scatter_reduce(0, known[b], lowest, "amin")
+        while not torch.equal(root, root[root]):  # follow the chains to their ends
+            root = root[root]
+    void = label == VOID
+    objects = torch.full((H, W), 0)
+    objects[~void] = root[run[~void]].unique(return_inverse=True)[1] + 1
+    return objects
+
+
 class SegmentationData:
     """Images, and labels where there are any, of one split of a data set.
 
@@ -316,12 +354,13 @@ class SegmentationData:
 
     image_file: (folder, suffix), image i is folder/ID + suffix.
     label_files: [(folder, suffix, table)], the label is the first of these files that exists.
+    instances: the folder of masks ID.png that tell the objects of an image apart, if there is one.
     """
 
-    def __init__(self, name, split, classes, ids, image_file, label_files=(), colours=None):
+    def __init__(self, name, split, classes, ids, image_file, label_files=(), instances=None):
         self.name, self.split, self.classes, self.ids = name, split, list(classes), list(ids)
         self.image_file, self.label_files = image_file, list(label_files)
-        self.palette = palette(len(classes)) if colours is None else colours
+        self.instances, self.palette = instances, dataset_palette(name, len(classes))
 
     def __len__(self):
         return len(self.ids)
@@ -361,7 +400,7 @@ class SegmentationData:
         return not missing
 
     def label(self, index):
-        """int64 H×W, values 0…C-1 and VOID. The only place where a label file is opened.
+        """int64 H×W, values 0…C-1 and VOID. Opens the label file.
 
         Raises UserError for a missing or unreadable file, an id that the data set does not have,
         and a size other than the image's.
@@ -384,6 +423,21 @@ class SegmentationData:
             raise UserError(f"label {path} holds the id {int(raw[wrong][0])}, which {self.name} "
                             f"({len(self.classes)} classes) does not have; see README, Data sets")
         return label
+
+    def objects(self, index):
+        """int64 H×W: an id from 1 on for every object of an image, 0 where there is none.
+
+        From the instance mask where the data set has some, in which 255 is an object's rim, else
+        the connected regions of each class in the label. Raises UserError as `label` does.
+        """
+        if self.instances is None:
+            return connected_regions(self.label(index))
+        path = os.path.join(self.instances, self.ids[index] + ".png")
+        raw = read_label(path)
+        if tuple(raw.shape) != tuple(self.size(index)):
+            (h, w), (height, width) = raw.shape, self.size(index)
+            raise UserError(f"instance mask {path} is {w}×{h} pixels, its image {width}×{height}")
+        return raw.masked_fill(raw == VOID, 0)
 
 
 def _find_tree(name, root, places, probe):
@@ -456,7 +510,7 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0):
     if name == "folder" and classes is None:
         raise UserError("--dataset folder needs --classes, for example --classes \"cat, dog\"")
     classes = classes or CLASSES[name]
-    C = len(classes)
+    C, instances = len(classes), None
 
     if name in ("voc", "context"):
         year, lists, labels = {"voc": ("VOC2012", "Segmentation", "SegmentationClass"),
@@ -467,6 +521,8 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0):
         ids = _read_list(listed)
         image_file = (tree / "JPEGImages", ".jpg")
         label_files = [(tree / labels, ".png", shifted_ids(C))]
+        if name == "voc" and (tree / "SegmentationObject").is_dir():
+            instances = tree / "SegmentationObject"
         present = set(os.listdir(tree / "JPEGImages"))
         missing = [i for i in ids if i + ".jpg" not in present]
         if missing:
@@ -503,8 +559,7 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0):
         kinds = ", ".join(PHOTOS) if name == "folder" else f"ID{image_file[1]}"
         raise UserError(f"no images of {name} {split} in {where}; expected {kinds}; "
                         "see README, Data sets")
-    colours = CITYSCAPES_PALETTE if name == "cityscapes" else None
-    return SegmentationData(name, split, classes, ids, image_file, label_files, colours)
+    return SegmentationData(name, split, classes, ids, image_file, label_files, instances)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -696,8 +751,7 @@ class Shapes(SegmentationData):
 
     def __init__(self, split, seed):
         count = {"train": 600, "val": 250}[split]
-        super().__init__("shapes", split, SHAPES, [f"{split}-{i:03}" for i in range(count)], None,
-                         colours=SHAPES_PALETTE)
+        super().__init__("shapes", split, SHAPES, [f"{split}-{i:03}" for i in range(count)], None)
         self.seed, self.has_labels = seed, True
 
     @functools.cached_property
@@ -1050,19 +1104,32 @@ def picture_sheet(rows, headings, present, classes, colours, cell=240):
     grid = torchvision.utils.make_grid(torch.stack(cells), columns, padding=gap, pad_value=255)
 
     font, top = ImageFont.load_default(17), line if headings else 0
-    per_line = max(1, grid.shape[2] // 200)
+    names = legend([(classes[k], colours[k]) for k in sorted(present)], grid.shape[2])
     bottom = top + grid.shape[1]
-    height = bottom + -(-len(present) // per_line) * line + gap
-    sheet = Image.new("RGB", (grid.shape[2], height), "white")
+    sheet = Image.new("RGB", (grid.shape[2], bottom + names.height), "white")
     sheet.paste(TF.to_pil_image(grid), (0, top))
+    sheet.paste(names, (0, bottom))
     draw = ImageDraw.Draw(sheet)
     for column, heading in enumerate(headings):
         draw.text((column * (cell + gap) + gap, 5), heading, fill="black", font=font)
-    for n, k in enumerate(sorted(present)):
-        x, y = n % per_line * 200 + gap, bottom + n // per_line * line
-        draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(colours[k].tolist()))
-        draw.text((x + 36, y), classes[k], fill="black", font=font)
     return sheet
+
+
+def legend(entries, width):
+    """Patches of colour, each with its name, in as many columns as fit; a PIL image.
+
+    entries: pairs of a text and a uint8 colour (3 values); width: in pixels.
+    """
+    font, line, gap = ImageFont.load_default(17), 26, 6
+    column = max([200] + [int(font.getlength(text)) + 56 for text, _ in entries])
+    per_line = max(1, width // column)
+    picture = Image.new("RGB", (width, -(-len(entries) // per_line) * line + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    for n, (text, colour) in enumerate(entries):
+        x, y = n % per_line * column + gap, n // per_line * line
+        draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(colour.tolist()))
+        draw.text((x + 36, y), text, fill="black", font=font)
+    return picture
 
 
 def contact_sheet(data, count=12):

@@ -324,15 +324,16 @@ def connected_regions(label):
     H, W = label.shape
     starts = torch.ones(H, W, dtype=torch.bool)
     starts[:, 1:] = label[:, 1:] != label[:, :-1]
-    run = starts.flatten().cumsum(0).reshape(H, W) - 1
+    run, count = starts.flatten().cumsum(0).reshape(H, W) - 1, int(starts.sum())
     pairs = []
     for shift in (-1, 0, 1):  # lower left, below, lower right
         upper = slice(max(0, -shift), W - max(0, shift))
         lower = slice(max(0, shift), W + min(0, shift))
         same = label[:-1, upper] == label[1:, lower]
-        pairs.append(torch.stack([run[:-1, upper][same], run[1:, lower][same]]))
-    a, b = torch.cat(pairs, 1).unique(dim=1)
-    root, known = torch.arange(int(starts.sum())), None
+        pairs.append(run[:-1, upper][same] * count + run[1:, lower][same])
+    pairs = torch.cat(pairs).unique()
+    a, b = pairs // count, pairs % count
+    root, known = torch.arange(count), None
     while known is None or not torch.equal(root, known):
         known = root
         lowest = torch.minimum(known[a], known[b])

@@ -24,9 +24,10 @@ from torch import nn
 import evaluate
 from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, clean_exit,
                   draw_seed, normalise, open_dataset)
-from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, RectifiedCLIP, Run, classify,
+from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, classify,
                     contrastive_loss, dense_features, gumbel_masks, gumbel_noise, load_checkpoint,
-                    make_hypotheses, masked_pooling, pick_device, plain, resized_positions)
+                    make_hypotheses, masked_pooling, open_rectified, pick_device, plain,
+                    resized_positions)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -409,7 +410,7 @@ def open_teacher(path, device="cpu", source=None):
     if not checkpoint.get("finished"):
         raise UserError(f"the training of {path} is not finished; repeat its reclip.py command, "
                         "which goes on where it stopped")
-    return RectifiedCLIP(path, device, source)
+    return open_rectified(path, device, source)
 
 
 def newest_teacher(folder=Path("runs")):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data import (VOID, UserError, clean_exit, evaluation_view, evenly, open_dataset, overlay,
                   picture_sheet)
-from reclip import Progress, RectifiedCLIP, load_checkpoint, pick_device, write_text
+from reclip import Progress, load_checkpoint, open_rectified, pick_device, write_text
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -101,7 +101,7 @@ class Segmenter:
             from distill import load_student  # which needs this module
             self.network = load_student(path, device)
         else:
-            self.network = RectifiedCLIP(path, device, source)
+            self.network = open_rectified(path, device, source)
         self.settings, self.classes = self.network.settings, self.network.classes
         self.pd = self.settings.pd if pd == "recipe" else pd
         self.slide, self.amp = slide, amp

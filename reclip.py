@@ -780,35 +780,118 @@ class Log:
 
 
 class RectifiedCLIP:
-    """A checkpoint of reclip.py with its CLIP: images in, Query and rectified logits out.
+    """A Rectifier with its CLIP: images in, Query and rectified logits out.
 
-    path: the checkpoint; source: where its CLIP is now, if not where the checkpoint says.
-    Raises UserError for a file that is no such checkpoint, and for another CLIP.
+    rectifier: on the CPU or where the CLIP is; Wr: C×D, or None without a bias; settings: a
+    namespace with preset, surgery, method and the values of evaluation (`recipe`).
     """
 
-    def __init__(self, path, device="cpu", source=None):
-        checkpoint = load_checkpoint(path)
-        self.settings = s = argparse.Namespace(**checkpoint["settings"])
-        self.classes = checkpoint["classes"]
-        self.model = load_clip(source or s.clip, s.activation, device)
-        if fingerprint(self.model) != checkpoint["clip"]:
-            raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
-        self.visual, self.patch = image_encoder(self.model, s.preset), self.model.visual.conv1.stride[0]
-        self.mean, self.std = preset_statistics(s.preset)
-        state = checkpoint["state"]
-        self.rectifier = Rectifier(self.model, self.classes, state["Wq"], s.bias, s.decoder, s.sign)
-        self.rectifier.load_state_dict(state)
-        self.rectifier.to(device).eval().requires_grad_(False)
-        self.Wr = checkpoint["Wr"] if checkpoint["Wr"] is None else checkpoint["Wr"].to(device)
+    def __init__(self, model, rectifier, Wr, classes, settings):
+        device = model.visual.proj.device
+        self.model, self.classes, self.settings = model, list(classes), settings
+        self.visual, self.patch = image_encoder(model, settings.preset), model.visual.conv1.stride[0]
+        self.mean, self.std = preset_statistics(settings.preset)
+        self.rectifier = rectifier.to(device).eval().requires_grad_(False)
+        self.Wr = Wr if Wr is None else Wr.to(device)
 
     @torch.no_grad()
-    def logits(self, images, amp=False):
-        """Mq and M (ReCLIP) or Mo (ReCLIP++) of uint8 images B×3×H×W; both B×C×h×w, float32."""
+    def features(self, images, amp=False):
+        """Z, B×D×h×w, float32, of unit length, and p, 1×width×h×w, of uint8 images B×3×H×W."""
         images = normalise(images, self.mean, self.std)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             features = dense_features(self.visual, images, self.settings.surgery)
         Z = F.normalize(features.float(), dim=1)
-        return self.rectifier(Z, resized_positions(self.visual, *Z.shape[2:]), self.Wr)
+        return Z, resized_positions(self.visual, *Z.shape[2:])
+
+    @torch.no_grad()
+    def logits(self, images, amp=False):
+        """Mq and M (ReCLIP) or Mo (ReCLIP++) of uint8 images B×3×H×W; both B×C×h×w, float32."""
+        return self.rectifier(*self.features(images, amp), self.Wr)
+
+
+def open_rectified(path, device="cpu", source=None):
+    """RectifiedCLIP of a checkpoint of reclip.py. source: where its CLIP is, if not where it was.
+
+    Raises UserError for a file that is no such checkpoint, and for another CLIP.
+    """
+    checkpoint = load_checkpoint(path)
+    s = argparse.Namespace(**checkpoint["settings"])
+    model = load_clip(source or s.clip, s.activation, device)
+    if fingerprint(model) != checkpoint["clip"]:
+        raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
+    state, classes = checkpoint["state"], checkpoint["classes"]
+    rectifier = Rectifier(model, classes, state["Wq"], s.bias, s.decoder, s.sign)
+    rectifier.load_state_dict(state)
+    return RectifiedCLIP(model, rectifier, checkpoint["Wr"], classes, s)
+
+
+def plain_maskclip(model, classes, settings):
+    """RectifiedCLIP that rectifies nothing: MaskCLIP with the given C class names, no checkpoint."""
+    Wq = query_features(model, classes)
+    return RectifiedCLIP(model, Rectifier(model, classes, Wq, "none", False), None, classes, settings)
+
+
+# The authors' own checkpoints: what of theirs is learned, and what it is called here. The rest of
+# such a file is a copy of CLIP and what follows from it.
+AUTHORS_NAMES = {"text_encoder.prompt_token": "reference.prompt", "pe_proj": "position",
+                 "proj_net": "position", "decoder_conv2": "decoder.conv",
+                 "decoder_norm2": "decoder.norm"}
+
+
+def renamed(state):
+    """What is learned of a state dict, or of gradients, in the authors' names → the same in ours."""
+    ours = {}
+    for key, value in state.items():
+        old = next((old for old in AUTHORS_NAMES if key == old or key.startswith(old + ".")), None)
+        if old is not None:
+            ours[AUTHORS_NAMES[old] + key[len(old):]] = value.float()
+    ours["reference.prompt"] = ours["reference.prompt"][0]
+    return ours
+
+
+def authors_state(path):
+    """The state dict of a rectification checkpoint of the authors' program; None for other files."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    except Exception:  # damaged or of another kind: for load_checkpoint to complain about
+        return None
+    learned = any(key in state for key in ("pe_proj.weight", "proj_net.0.weight"))
+    return state if learned and "text_encoder.prompt_token" in state else None
+
+
+def authors_method(state):
+    """(method, preset) of a file of the authors: the encoder of ReCLIP's is that of the paper."""
+    return ("reclip++", "release") if "pe_proj.weight" in state else ("reclip", "paper")
+
+
+def from_authors(state, model, classes, Wq, settings):
+    """RectifiedCLIP of the authors' parameters.
+
+    state: as `authors_state` gives it; model: a CLIP; classes: C names in the authors' order; Wq:
+    C×D; settings: the recipe that belongs to `authors_method`. The prompt has the authors' length,
+    so a class name keeps three tokens with its end: one of three tokens or more loses its end token.
+    Raises UserError where the file is of another data set or another CLIP.
+    """
+    state, (method, _) = renamed(state), authors_method(state)
+    rectifier = Rectifier(model, classes, Wq, *METHODS[method])
+    reference = rectifier.reference
+    reference.prompt = nn.Parameter(torch.empty_like(state["reference.prompt"]))
+    reference.suffix = clip.tokenize(classes, truncate=True)[:, 1:4].long()
+    if method == "reclip":
+        hidden = [len(state[f"position.{i}.weight"]) for i in (0, 3)]
+        rectifier.position = PositionLogits(model.visual.proj.shape[0], len(classes), hidden)
+    try:
+        missing, _ = rectifier.load_state_dict(state, strict=False)
+        if set(missing) != {"Wq", "reference.suffix", "reference.start"}:
+            raise RuntimeError(f"{len(missing)} parameters are missing, the first {missing[0]}")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the authors' checkpoint does not fit {len(classes)} classes "
+                        f"({', '.join(classes[:3])}, …) and this CLIP: {reason}") from None
+    rectifier.to(model.visual.proj.device)
+    with torch.no_grad():
+        return RectifiedCLIP(model, rectifier, rectifier.Wr(model), classes, settings)
 
 
 # ------------------------------------------------------------------------------------------------

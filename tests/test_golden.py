@@ -89,25 +89,10 @@ def test_dense():
     assert_close(whole, F.normalize(recorded["image_features"], dim=-1))
 
 
-AUTHORS_NAMES = {"text_encoder.prompt_token": "reference.prompt", "pe_proj": "position",
-                 "proj_net": "position", "decoder_conv2": "decoder.conv",
-                 "decoder_norm2": "decoder.norm"}
-
-
-def renamed(state):
-    """A state dict or gradients in the authors' names → the same in ours."""
-    ours = {}
-    for key, value in state.items():
-        old = next(old for old in AUTHORS_NAMES if key.startswith(old))
-        ours[AUTHORS_NAMES[old] + key[len(old):]] = value
-    ours["reference.prompt"] = ours["reference.prompt"][0]
-    return ours
-
-
 def recorded_rectifier(recorded, method):
     """A Rectifier with the recorded weights and the authors' three-token suffixes; its inputs."""
     model, _, features = dense()
-    weights = renamed(recorded["weights"])
+    weights = reclip.renamed(recorded["weights"])
     rectifier = reclip.Rectifier(model, recorded["class_names"], recorded["Wq"],
                                  *reclip.METHODS[method])
     if method == "reclip":
@@ -142,7 +127,7 @@ def check_training_step(model, rectifier, Z, p, recorded, temperature, expected)
     assert abs(loss.item() / recorded["loss"].item() - 1) < 1e-3
     loss.backward()
     learned = dict(rectifier.named_parameters())
-    gradients = renamed(recorded["grads"])
+    gradients = reclip.renamed(recorded["grads"])
     assert set(gradients) == set(learned)
     for name, gradient in gradients.items():
         # The bias of a convolution before a BatchNorm has rounding errors for a gradient.

@@ -471,7 +471,7 @@ def _read_list(path):
     return ids
 
 
-def _list_folder(folder, suffix):
+def list_folder(folder, suffix):
     """Sorted ids of the files folder/**/ID + suffix, hidden ones left out.
 
     suffix: one ending, cut off from the ids, or a tuple of endings in lower case, kept in them.
@@ -533,12 +533,12 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0):
         folder = {"train": "training", "val": "validation"}[split]
         tree = _find_tree(name, root, ("ADEChallengeData2016", "."), f"images/{folder}")
         image_file = (tree / "images" / folder, ".jpg")
-        ids = _list_folder(*image_file)
+        ids = list_folder(*image_file)
         label_files = [(tree / "annotations" / folder, ".png", shifted_ids(C))]
     elif name == "cityscapes":
         tree = _find_tree(name, root, (".", "cityscapes"), f"leftImg8bit/{split}")
         image_file = (tree / "leftImg8bit" / split, "_leftImg8bit.png")
-        ids = _list_folder(*image_file)
+        ids = list_folder(*image_file)
         truth = tree / "gtFine" / split
         label_files = [(truth, "_gtFine_labelTrainIds.png", train_ids(C)),
                        (truth, "_gtFine_labelIds.png", CITYSCAPES_IDS)]
@@ -546,14 +546,14 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0):
         part = f"{split}2017"
         tree = _find_tree(name, root, ("images", "."), part)
         image_file = (tree / part, ".jpg")
-        ids = _list_folder(*image_file)
+        ids = list_folder(*image_file)
         top = tree.parent if tree.name == "images" else tree
         label_files = [(top / "annotations" / part, "_27labelTrainIds.png", train_ids(C)),
                        (top / "annotations" / part, ".png", STUFF_IDS),
                        (top / "stuffthingmaps" / part, ".png", STUFF_IDS)]
     else:  # folder: all its images are both training and prediction set
         image_file = (_find_tree(name, root, (".",), "."), "")
-        ids, label_files, listed = _list_folder(image_file[0], PHOTOS), [], image_file[0]
+        ids, label_files, listed = list_folder(image_file[0], PHOTOS), [], image_file[0]
 
     if not ids:
         where = listed if name in ("voc", "context") else image_file[0]
@@ -1008,7 +1008,7 @@ def convert_context(mat_dir, root):
     """
     tree = _find_tree("context", root, ("VOCdevkit/VOC2010", "VOC2010", "."), "JPEGImages")
     mat_dir = Path(mat_dir).expanduser()
-    ids = _list_folder(mat_dir, ".mat")
+    ids = list_folder(mat_dir, ".mat")
     if not ids:
         raise UserError(f"no .mat files in {mat_dir}; expected ID.mat from Pascal Context's "
                         "trainval; see README, Data sets")

@@ -1,22 +1,36 @@
-"""Evaluate what reclip.py and distill.py have learned.
+"""Evaluate, explain and use what reclip.py and distill.py have learned.
 
     python evaluate.py                                        the newest checkpoint under runs/
     python evaluate.py --checkpoint runs/voc/reclip.pt        any other, on its own data set
+    python evaluate.py --bias --figures --linear-probe        more about it
+    python evaluate.py --images my/photos one.jpg             masks of one's own images
+    python evaluate.py --images my/photos --method maskclip --classes "cat, dog"    of CLIP alone
 
 Prints mIoU, pixel accuracy and the IoU of every class, and adds them to results.json beside the
-checkpoint. Shapes: B images, C classes, h×w patches, H×W pixels.
+checkpoint. A rectification checkpoint of the authors' program (with --dataset) will do as well; its
+results go to runs/, under its own name. Shapes: B images, C classes, h×w patches, H×W pixels.
 """
 
 import argparse
+import itertools
 import json
+import math
+import re
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
 
-from data import (VOID, UserError, clean_exit, evaluation_view, evenly, open_dataset, overlay,
-                  picture_sheet)
-from reclip import Progress, load_checkpoint, open_rectified, pick_device, write_text
+from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette, draw_seed, evaluation_view,
+                  evenly, legend, list_folder, open_dataset, overlay, parse_classes, picture_sheet,
+                  read_image)
+from reclip import (Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
+                    load_checkpoint, load_clip, open_rectified, pick_device, plain_maskclip,
+                    query_features, recipe, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -49,6 +63,76 @@ def scores(confusion, count_absent=False):
 
 
 # ------------------------------------------------------------------------------------------------
+# Bias scores (ReCLIP++, Sec. IV-C and Table VII)
+
+BINS = 5  # of the distance from the centre: 0–0.2, 0.2–0.4, … 0.8–1
+
+
+def class_preference(confusion):
+    """How far the right class is ahead of the most preferred wrong one, -1…1; higher is better.
+
+    Of each row of the confusion matrix (int64 C×C, rows = truth), as shares of the row: the
+    diagonal minus the largest other entry; the mean over the classes that have pixels, or None.
+    """
+    rows = confusion[confusion.sum(1) > 0].double()
+    rows = rows / rows.sum(1, keepdim=True)
+    right = torch.eye(len(confusion), dtype=torch.bool)[confusion.sum(1) > 0]
+    ahead = rows[right] - rows.masked_fill(right, 0).amax(1)
+    return ahead.mean().item() if len(rows) else None
+
+
+def distance_bins(label, objects, bins=BINS):
+    """The bin of each pixel's object, by how far the object is from the centre of the image.
+
+    label, objects: int64 H×W, objects 0 where there is none. The distance is that from an object's
+    centroid (over its pixels with a class) to the image's, relative to half the image's diagonal:
+    0…1, in `bins` equal bins. Returns int64 H×W; `bins` for pixels of no object.
+    """
+    H, W = label.shape
+    _, place = objects.masked_fill(label == VOID, 0).unique(return_inverse=True)
+    count = place.flatten().bincount()
+    y = (torch.arange(H) + 0.5 - H / 2)[:, None].expand(H, W).flatten().double()
+    x = (torch.arange(W) + 0.5 - W / 2).expand(H, W).flatten().double()
+    y, x = (place.flatten().bincount(side) / count for side in (y, x))
+    distance = (y**2 + x**2).sqrt() / (math.hypot(H, W) / 2)
+    nearest = (distance * bins).long().clamp(max=bins - 1)
+    return nearest[place].masked_fill((objects == 0) | (label == VOID), bins)
+
+
+def confusion_by_distance(prediction, label, nearest, C, bins=BINS):
+    """A confusion matrix per bin of `distance_bins`, and one of pixels without object; summed up,
+    they are the ordinary one. prediction, label, nearest: of one shape; int64 (bins+1)×C×C."""
+    valid = label < C
+    triples = (nearest[valid] * C + label[valid]) * C + prediction[valid]
+    return triples.bincount(minlength=(bins + 1) * C * C).reshape(bins + 1, C, C)
+
+
+def distance_curve(confusions):
+    """mIoU per bin, in percent, over the classes whose objects lie there; None for an empty bin.
+
+    confusions: int64 bins×C×C.
+    """
+    curve = []
+    for confusion in confusions.double():
+        hits, truth = confusion.diagonal(), confusion.sum(1)
+        iou = 100 * hits / (truth + confusion.sum(0) - hits)
+        curve.append(iou[truth > 0].mean().item() if truth.any() else None)
+    return curve
+
+
+def space_preference(curve):
+    """Mean slope ΔmIoU / Δdistance of a distance curve between neighbouring bins, empty ones left out.
+
+    mIoU as a fraction here; higher is better, 0 would be no preference for the centre. None for
+    fewer than two such bins. Between equal bins the mean of the slopes is the slope from the first
+    to the last, so the score is as reliable as these two: hence few, wide bins.
+    """
+    points = [((i + 0.5) / len(curve), m / 100) for i, m in enumerate(curve) if m is not None]
+    slopes = [(m - l) / (b - a) for (a, l), (b, m) in zip(points, points[1:])]
+    return sum(slopes) / len(slopes) if slopes else None
+
+
+# ------------------------------------------------------------------------------------------------
 # Prediction
 
 
@@ -66,14 +150,14 @@ def prompt_denoising(logits, pd, temperature):
     return logits.masked_fill(off[:, :, None, None], -100.0)
 
 
-def label_map(logits, padded, view, size, chunk=32):
-    """Class of every pixel: logits upsampled (bilinearly) to the network's input, then to the label.
+def label_map(logits, padded, view, size, chunk=None):
+    """Class of every pixel: logits upsampled (bilinear) to the network's input, then to the label.
 
     logits: B×C×h×w, covering `padded` (height, width) pixels, of which the top left `view` are the
-    image, whose label has `size`. Returns int64 B×H×W. Goes through the classes in chunks, so that
-    memory does not grow with their number.
+    image, whose label has `size`. Returns int64 B×H×W. Goes through the classes in chunks (at most
+    32, and 256 MB), so that memory does not grow with their number.
     """
-    best = None
+    chunk, best = chunk or max(1, min(32, 2**26 // (len(logits) * math.prod(size)))), None
     for first in range(0, logits.shape[1], chunk):
         part = F.interpolate(logits[:, first : first + chunk], padded, mode="bilinear")
         part = part[..., : view[0], : view[1]]
@@ -89,20 +173,23 @@ def label_map(logits, padded, view, size, chunk=32):
 
 
 class Segmenter:
-    """Any checkpoint as a function from images to label maps, one per stage it knows.
+    """Any network as a function from images to label maps, one per stage it knows.
 
-    names: "maskclip" and "rectified" for a checkpoint of reclip.py. pd: prompt denoising for the
-    rectified logits, the recipe's by default. slide: None, or (window, stride) in pixels.
+    network: a RectifiedCLIP, a distill.Student, or the path of a checkpoint; source: where the
+    checkpoint's CLIP is now, if not where it was. names: "maskclip" and "rectified", or
+    "distilled". pd: prompt denoising for the rectified logits, the recipe's by default. slide:
+    None, or (window, stride) in pixels.
     """
 
-    def __init__(self, path, device, source=None, pd="recipe", slide=None, amp=False):
-        self.student = load_checkpoint(path).get("kind") == "distill"
-        if self.student:
-            from distill import load_student  # which needs this module
-            self.network = load_student(path, device)
-        else:
-            self.network = open_rectified(path, device, source)
-        self.settings, self.classes = self.network.settings, self.network.classes
+    def __init__(self, network, device="cpu", source=None, pd="recipe", slide=None, amp=False):
+        if isinstance(network, (str, Path)):
+            if load_checkpoint(network).get("kind") == "distill":
+                from distill import load_student  # which needs this module
+                network = load_student(network, device)
+            else:
+                network = open_rectified(network, device, source)
+        self.network, self.student = network, not isinstance(network, RectifiedCLIP)
+        self.settings, self.classes = network.settings, network.classes
         self.pd = self.settings.pd if pd == "recipe" else pd
         self.slide, self.amp = slide, amp
         self.names = ["distilled"] if self.student else (
@@ -115,17 +202,34 @@ class Segmenter:
         return self.whole_logits(views)
 
     def whole_logits(self, views):
-        """The same without windows; a student's grid covers just the view, a ViT's whole patches."""
+        """The same without windows; a student's grid covers the view alone, a ViT's whole patches."""
         if self.student:
             return {"distilled": self.network.logits(views, self.amp)}, views.shape[2:]
         outputs = dict(zip(self.names, self.network.logits(views, self.amp)))
         h, w = outputs["maskclip"].shape[2:]
         return outputs, (h * self.network.patch, w * self.network.patch)
 
+    @torch.no_grad()
+    def features(self, views):
+        """{name: B×K×h×w}, what a linear probe of each stage sees, and the area as in `logits`.
+
+        CLIP is frozen, so Z is MaskCLIP's; "rectified" is Z beside the rectified logits, D+C
+        channels; "distilled" is Ẑ, of unit length.
+        """
+        if self.student:
+            Z_hat, _ = self.network(views, amp=self.amp)
+            return {"distilled": F.normalize(Z_hat, dim=1)}, views.shape[2:]
+        Z, p = self.network.features(views, self.amp)
+        _, logits = self.network.rectifier(Z, p, self.network.Wr)
+        stages = dict(maskclip=Z, rectified=torch.cat([Z, logits], 1))
+        padded = tuple(side * self.network.patch for side in Z.shape[2:])
+        return {name: stages[name] for name in self.names}, padded
+
     def sliding_logits(self, views):
         """Mean logits of overlapping windows, at the resolution of the views."""
         (window, stride), (H, W) = self.slide, views.shape[2:]
-        starts = lambda side: sorted({min(i, max(side - window, 0)) for i in range(0, side, stride)})
+        starts = lambda side: sorted({min(i, max(side - window, 0))
+                                      for i in range(0, side, stride)})
         sums, count = {}, torch.zeros(H, W, device=views.device)
         for top in starts(H):
             for left in starts(W):
@@ -155,90 +259,482 @@ class Segmenter:
 
 
 class Labelled(torch.utils.data.Dataset):
-    """(view, label) of a SegmentationData, for decoding in worker processes."""
+    """(view, label) of a SegmentationData, for decoding in worker processes.
 
-    def __init__(self, data, scale):
-        self.data, self.scale = data, scale
+    bins: if more than 0, the label's `distance_bins` come third.
+    """
+
+    def __init__(self, data, scale, bins=0):
+        self.data, self.scale, self.bins = data, scale, bins
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, i):
-        return evaluation_view(self.data.image(i), self.scale), self.data.label(i)
+        view, label = evaluation_view(self.data.image(i), self.scale), self.data.label(i)
+        if not self.bins:
+            return view, label
+        return view, label, distance_bins(label, self.data.objects(i), self.bins)
 
 
-def grouped_by_size(pairs, batch):
-    """Collect (view, label) pairs into batches whose views, and whose labels, are of one size."""
+def grouped_by_size(items, batch):
+    """Collect tuples of tensors (view, label, …) into batches of which each part is of one size."""
     groups = {}
-    for view, label in pairs:
-        group = groups.setdefault((view.shape, label.shape), [])
-        group.append((view, label))
+    for item in items:
+        group = groups.setdefault(tuple(part.shape for part in item), [])
+        group.append(item)
         if len(group) == batch:
             yield [torch.stack(part) for part in zip(*group)]
             group.clear()
     yield from ([torch.stack(part) for part in zip(*group)] for group in groups.values() if group)
 
 
-def evaluate(segment, data, scale, device, batch=16, workers=0):
+def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
     """{name: confusion matrix} over all labelled images of `data`, each counted once.
 
-    segment: a Segmenter, or any function (views, size) → {name: int64 B×H×W}.
+    segment: a Segmenter, or any function (views, size) → {name: int64 B×H×W}. bins: if more than 0,
+    the matrices are those of `confusion_by_distance`.
     """
-    loader = torch.utils.data.DataLoader(Labelled(data, scale), batch_size=None, num_workers=workers)
+    items = Labelled(data, scale, bins)
+    loader = torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers)
     C, totals, progress = len(data.classes), {}, Progress("evaluate", len(data))
-    for views, labels in grouped_by_size(loader, batch):
-        labels = labels.to(device)
+    for views, labels, *nearest in grouped_by_size(loader, batch):
+        labels, nearest = labels.to(device), [part.to(device) for part in nearest]
         for name, prediction in segment(views.to(device), labels.shape[1:]).items():
-            matrix = confusion_matrix(prediction, labels, C)
+            matrix = (confusion_by_distance(prediction, labels, *nearest, C, bins) if bins else
+                      confusion_matrix(prediction, labels, C))
             totals[name] = totals[name] + matrix if name in totals else matrix
         progress.advance(len(views))
     progress.close()
     return {name: total.cpu() for name, total in totals.items()}
 
 
+def bias_scores(confusions, objects):
+    """What --bias adds to a stage's results, from its confusion matrices by distance.
+
+    objects: what an object is, in words.
+    """
+    curve, bins = distance_curve(confusions[:-1]), len(confusions) - 1
+    return dict(
+        class_preference=class_preference(confusions.sum(0)),
+        space_preference=space_preference(curve), objects=objects,
+        distance_curve=[dict(distance=[i / bins, (i + 1) / bins], miou=miou, pixels=int(m.sum()))
+                        for i, (miou, m) in enumerate(zip(curve, confusions))])
+
+
+def columns(heads, rows, width):
+    """A text table; rows: (name, values), a value is a number, or None for a dash."""
+    cell = lambda value: "–" if value is None else f"{value:.2f}"
+    lines = [" " * width + "".join(f" {head:>11}" for head in heads)]
+    for name, values in rows:
+        lines.append(f"{name:{width}}" + "".join(f" {cell(value):>11}" for value in values))
+    return lines
+
+
 def table(results, classes):
     """A text table: mIoU and pixel accuracy, then the IoU of every class; one column per result."""
     width = max(18, *(len(name) for name in classes))
-    cell = lambda value: "     –" if value is None else f"{value:6.2f}"
     rows = [("mIoU", [r["miou"] for r in results.values()]),
             ("pixel accuracy", [r["pixel_accuracy"] for r in results.values()])]
     rows += [(name, [r["iou"][name] for r in results.values()]) for name in classes]
-    lines = [" " * width + "".join(f"{name:>12}" for name in results)]
-    lines += [f"{name:{width}}" + "".join(f"{cell(v):>12}" for v in values) for name, values in rows]
-    lines.insert(3, "-" * (width + 12 * len(results)))
+    lines = columns([name.replace("linear_probe_", "LP ") for name in results], rows, width)
+    lines.insert(3, "-" * len(lines[0]))
     return "\n".join(lines)
 
 
+def bias_table(results):
+    """A text table of what `bias_scores` gives, one column per result."""
+    score = lambda key: [r[key] for r in results.values()]
+    rows = [(key.replace("_", "-"), score(key)) for key in ("class_preference", "space_preference")]
+    for part in zip(*score("distance_curve")):
+        low, high = part[0]["distance"]
+        rows.append((f"mIoU, distance {low:.1f}–{high:.1f}", [p["miou"] for p in part]))
+    lines = columns(results, rows, 24)
+    return "\n".join(lines + [f"(objects: {score('objects')[0]}; distance of their centroids from "
+                              "the centre, relative to half the diagonal)"])
+
+
 def save_results(path, results):
-    """Add results to a run's results.json: {"maskclip": {"miou": …}, "rectified": …}, in percent."""
-    old = json.loads(path.read_text()) if path.exists() else {}
-    write_text(path, json.dumps(old | results, indent=1, ensure_ascii=False) + "\n")
+    """Add results to a run's results.json: {"maskclip": {"miou": …}, "rectified": …}, in percent.
+
+    What an evaluation with the same outcome has added before, such as bias scores, stays.
+    """
+    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    for name, result in results.items():
+        result = json.loads(json.dumps(result))
+        before = old.get(name, {})
+        both = result.keys() & before.keys()
+        same = "iou" in both and all(result[key] == before[key] for key in both)
+        old[name] = before | result if same else result
+    write_text(path, json.dumps(old, indent=1, ensure_ascii=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------
 # Figures
 
 TITLES = {"maskclip": "MaskCLIP", "rectified": "rectified", "distilled": "distilled"}
+COLOURS = {"maskclip": (44, 140, 80), "rectified": (31, 90, 190), "distilled": (214, 100, 20)}
+SCALE = torch.tensor([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37.0)])
+
+
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def in_colour(values):
+    """Numbers from 0 (dark blue) to 1 (yellow) as colours: H×W → uint8 3×H×W."""
+    place = values.clamp(0, 1) * (len(SCALE) - 1)
+    low = place.long().clamp(max=len(SCALE) - 2)
+    colours = torch.lerp(SCALE[low], SCALE[low + 1], (place - low)[..., None])
+    return colours.round().to(torch.uint8).movedim(-1, 0)
+
+
+def fitted(picture, cell):
+    """A picture, uint8 3×H×W, scaled to fit a square of `cell` pixels, as a PIL image."""
+    picture = TF.to_pil_image(picture)
+    factor = cell / max(picture.size)
+    size = [max(1, round(side * factor)) for side in picture.size]
+    return picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BOX)
 
 
 @torch.no_grad()
-def comparison(segment, data, scale, device, count=8):
-    """Image, truth and each prediction for `count` images, evenly spaced, two in a row (Fig. 5); PIL.
+def comparison(segmenters, data, device, count=5):
+    """Image, truth and each prediction for `count` images, evenly spaced (Fig. 5); a PIL image.
 
-    Predictions are shown where the truth has a class: elsewhere they are not scored either.
+    segmenters: of several checkpoints. Predictions are shown where the truth has a class: elsewhere
+    they are not scored either.
     """
-    shown, present = [], set()
+    rows, present = [], set()
     for i in evenly(len(data), count):
         image, label = data.image(i), data.label(i)
-        view = evaluation_view(image, scale)[None].to(device)
-        predictions = segment(view, label.shape).values()
-        maps = [label] + [p[0].cpu().where(label != VOID, VOID) for p in predictions]
+        maps = [label]
+        for segment in segmenters:
+            view = evaluation_view(image, segment.settings.scale)[None].to(device)
+            predictions = segment(view, label.shape).values()
+            maps += [p[0].cpu().where(label != VOID, VOID) for p in predictions]
         present |= set(torch.stack(maps).unique().tolist()) - {VOID}
-        shown.append([image] + [overlay(image, m, data.palette) for m in maps])
-    headings = ["image", "truth"] + [TITLES[name] for name in segment.names]
-    rows = [a + b for a, b in zip(shown[::2], shown[1::2])] or shown
-    return picture_sheet(rows, headings * (len(rows[0]) // len(headings)), present, data.classes,
-                         data.palette, cell=150)
+        rows.append([image] + [overlay(image, m, data.palette) for m in maps])
+    headings = ["image", "truth"] + [TITLES[name] for s in segmenters for name in s.names]
+    return picture_sheet(rows, headings, present, data.classes, data.palette,
+                         cell=min(190, 960 // len(headings)))
+
+
+@torch.no_grad()
+def heatmaps(segment, data, device, count=3, looked_at=24, cell=100):
+    """Query, bias and rectified logits of two classes, in each of `count` images (Fig. 4); PIL.
+
+    segment: a Segmenter of a checkpoint with a bias. Of evenly spaced images those are shown where
+    MaskCLIP takes the most pixels of one class for another; the heat maps are of these two, with an
+    outline of the former. Both maps of a row have one colour scale, from the lowest to the highest
+    of their logits.
+    """
+    found = []
+    for i in evenly(len(data), looked_at):
+        label = data.label(i)
+        view = evaluation_view(data.image(i), segment.settings.scale)[None].to(device)
+        mask = segment(view, label.shape)["maskclip"][0].cpu()
+        confusion = confusion_matrix(mask, label, len(data.classes)).double()
+        wrong = (confusion / confusion.sum().clamp(min=1)).fill_diagonal_(0)
+        found.append((wrong.max().item(), i, divmod(int(wrong.argmax()), len(data.classes))))
+    found = sorted(sorted(found)[-count:], key=lambda one: one[1])
+    blocks = [heatmap_block(segment, data, i, pair, device, cell) for _, i, pair in found]
+    step = blocks[0].width + 18
+    sheet = Image.new("RGB", (len(blocks) * step - 6, blocks[0].height), "white")
+    for n, block in enumerate(blocks):
+        sheet.paste(block, (6 + n * step, 0))
+    return sheet
+
+
+def heatmap_block(segment, data, i, pair, device, cell):
+    """One image's part of `heatmaps`: pictures in the first column, two classes beside them."""
+    image, label, network = data.image(i), data.label(i), segment.network
+    view = evaluation_view(image, segment.settings.scale)[None].to(device)
+    Z, p = network.features(view, segment.amp)
+    Mq, final = network.rectifier(Z, p, network.Wr)
+    Mb = network.rectifier.bias(Z, p, network.Wr).expand_as(Mq)
+    rows = dict(Query=Mq, bias=Mb, rectified=Mq + network.rectifier.sign * Mb)
+    if segment.settings.decoder:
+        rows["decoded"] = final
+    pictures = dict(image=image, truth=overlay(image, label, data.palette))
+    for name, mask in segment(view, label.shape).items():
+        mask = mask[0].cpu().where(label != VOID, VOID)
+        pictures[TITLES[name]] = overlay(image, mask, data.palette)
+    area = (label == pair[0]).float()[None, None]
+    inside = F.interpolate(area, view.shape[2:]) > 0
+    outline = (F.max_pool2d(inside.float(), 3, 1, 1) > 0) & ~inside
+    padded = [side * network.patch for side in Z.shape[2:]]
+    step, high = cell + 6, cell + 42
+    block = Image.new("RGB", (3 * step - 6, len(rows) * high), "white")
+    draw = ImageDraw.Draw(block)
+    titles = list(pictures)[-len(rows):]
+    for y, title, (name, logits) in zip(range(0, block.height, high), titles, rows.items()):
+        maps = F.interpolate(logits[:, pair], padded, mode="bilinear")[0].cpu()
+        maps = maps[:, : view.shape[2], : view.shape[3]]
+        low, top = maps.min().item(), maps.max().item()
+        heat = [in_colour((values - low) / max(top - low, 1e-12)) for values in maps]
+        heat = [picture.where(~outline[0], 255) for picture in heat]
+        cells = zip([title] + [data.classes[k][:15] for k in pair], [pictures[title]] + heat)
+        for x, (text, picture) in zip(range(0, block.width, step), cells):
+            draw.text((x, y + 4), text, "black", font(14))
+            block.paste(fitted(picture, cell), (x, y + 22))
+        bar, y = in_colour(torch.linspace(0, 1, 60).expand(9, -1)), y + cell + 25
+        draw.text((step, y), f"{name}  {low:.2f}", "black", font(12))
+        block.paste(TF.to_pil_image(bar), (block.width - 96, y + 4))
+        draw.text((block.width - 31, y), f"{top:.2f}", "black", font(12))
+    return block
+
+
+def confusion_figure(confusions, classes, count=6, cell=44, top=128):
+    """Confusion matrices side by side, for the classes that the first one confuses most (Fig. 1 b).
+
+    confusions: {stage: int64 C×C}. The classes are those of its largest entries off the diagonal,
+    in turn, until there are `count`. Numbers are per cent of a true class's pixels, so a row that
+    does not add up to 100 has gone to classes that are not shown. A PIL image.
+    """
+    shares = [m.double() / m.sum(1, keepdim=True).clamp(min=1) for m in confusions.values()]
+    chosen = []
+    for pair in shares[0].clone().fill_diagonal_(-1).flatten().argsort(descending=True).tolist():
+        chosen += [k for k in divmod(pair, len(classes)) if k not in chosen]
+        if len(chosen) >= count:
+            break
+    chosen = sorted(chosen[:count])
+    side, left = cell * len(chosen), 12 + max(int(font(15).getlength(classes[k])) for k in chosen)
+    width = max(left + len(shares) * (side + 22), 660)
+    sheet = Image.new("RGB", (width, top + side + 52), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, k in zip(range(top, top + side, cell), chosen):
+        draw.text((left - 8, y + cell // 2), classes[k], "black", font(15), anchor="rm")
+    for n, (name, share) in enumerate(zip(confusions, shares)):
+        x = left + n * (side + 22)
+        title = f"{TITLES[name]} ({class_preference(confusions[name]):.2f})"
+        draw.text((x + side // 2, 14), title, "black", font(17), anchor="mm")
+        for c, k in enumerate(chosen):
+            head = Image.new("RGB", (top - 30, 20), "white")
+            ImageDraw.Draw(head).text((0, 10), classes[k], "black", font(15), anchor="lm")
+            sheet.paste(head.rotate(90, expand=True), (x + c * cell + cell // 2 - 10, 28))
+            for r, true in enumerate(chosen):
+                value, x0, y0 = share[true, k].item(), x + c * cell, top + r * cell
+                colour = tuple(round(255 + value**0.7 * (end - 255)) for end in (20, 70, 150))
+                draw.rectangle((x0, y0, x0 + cell - 2, y0 + cell - 2), fill=colour)
+                draw.text((x0 + cell // 2 - 1, y0 + cell // 2 - 1), f"{100 * value:.0f}",
+                          "white" if value > 0.4 else "black", font(15), anchor="mm")
+    draw.text((12, top + side + 8), "rows: truth, columns: prediction, in per cent of the true "
+              "class's pixels (of all classes)\nin brackets: the class-preference score, over all "
+              "classes", "black", font(14))
+    return sheet
+
+
+def distance_figure(curves, width=1800, height=960):
+    """mIoU by an object's distance from the centre, one line per stage (Fig. 1 a); a PIL image.
+
+    curves: {stage: list as distance_curve's}. Drawn at twice its size, for smooth lines.
+    """
+    left, top, right, bottom = 150, 40, width - 50, height - 120
+    known = [m for curve in curves.values() for m in curve if m is not None] or [0]
+    low, high = 10 * math.floor(min(known) / 10), 10 * math.floor(max(known) / 10 + 1)
+
+    def place(distance, miou):
+        return (left + distance * (right - left),
+                bottom - (miou - low) / (high - low) * (bottom - top))
+
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for m in range(low, high + 1, 10):
+        draw.line([place(0, m), place(1, m)], (215, 215, 215), 2)
+        draw.text((left - 16, place(0, m)[1]), str(m), "black", font(32), anchor="rm")
+    bins = max(map(len, curves.values()))
+    for x in (left + i / bins * (right - left) for i in range(bins + 1)):
+        draw.line([(x, bottom), (x, bottom + 12)], "black", 2)
+        draw.text((x, bottom + 36), f"{(x - left) / (right - left):.1f}", "black", font(32),
+                  anchor="mm")
+    draw.line([(left, top), (left, bottom), (right, bottom)], "black", 2)
+    draw.text(((left + right) / 2, height - 32), "distance of an object from the centre of the "
+              "image (1: a corner)", "black", font(34), anchor="mm")
+    head = Image.new("RGB", (400, 48), "white")
+    ImageDraw.Draw(head).text((200, 24), "mIoU, per cent", "black", font(34), anchor="mm")
+    sheet.paste(head.rotate(90, expand=True), (20, (top + bottom) // 2 - 200))
+    for n, (name, curve) in enumerate(curves.items()):
+        points = [place((i + 0.5) / bins, m) for i, m in enumerate(curve) if m is not None]
+        draw.line(points, COLOURS[name], 6, joint="curve")
+        for x, y in points:
+            draw.ellipse((x - 10, y - 10, x + 10, y + 10), COLOURS[name])
+        x, y, slope = right - 540, top + 28 + 52 * n, space_preference(curve)
+        draw.line([(x, y), (x + 72, y)], COLOURS[name], 6)
+        text = TITLES[name] + ("" if slope is None else f" (mean slope {slope:.2f})")
+        draw.text((x + 92, y), text, "black", font(32), anchor="lm")
+    return sheet.resize((width // 2, height // 2), Image.Resampling.LANCZOS)
+
+
+# ------------------------------------------------------------------------------------------------
+# Linear probe: what the features hold, told by a classifier that is given ground truth
+
+
+def class_shares(labels, C, view, padded, grid):
+    """The share of each cell of a grid that each class covers; B×C×h×w.
+
+    labels: int64 B×H×W, taken to the size `view`, the top left of the `padded` pixels of the grid.
+    """
+    labels = F.interpolate(labels[:, None].float(), view, mode="nearest-exact")[:, 0]
+    labels = F.pad(labels, (0, padded[1] - view[1], 0, padded[0] - view[0]), value=VOID)
+    classes = torch.arange(C, device=labels.device)[:, None, None]
+    return torch.stack([F.adaptive_avg_pool2d((one == classes).float(), grid) for one in labels])
+
+
+def linear_probe(segment, data, device, steps=1000, batch=16, workers=0, seed=0):
+    """One 1×1 classifier on each stage's frozen features, trained with the ground truth of `data`.
+
+    segment: a Segmenter. Features are standardised first (BatchNorm without parameters, so the
+    classifier stays linear); cross-entropy against the classes' shares of a cell; AdamW, 3e-3, down
+    to 0 along a cosine. Returns a function (views, size) → {"linear_probe_" + name: int64 B×H×W}.
+    """
+    C, probes, progress = len(data.classes), nn.ModuleDict(), Progress("linear probe", steps)
+    items = Labelled(data, segment.settings.scale)
+
+    def batches():
+        for epoch in itertools.count():
+            generator = torch.Generator().manual_seed(draw_seed(seed, epoch, "linear probe"))
+            order = torch.randperm(len(data), generator=generator).tolist()
+            loader = torch.utils.data.DataLoader(items, sampler=order, batch_size=None,
+                                                 num_workers=workers)
+            yield from grouped_by_size(loader, batch)
+
+    for views, labels in itertools.islice(batches(), steps):
+        features, padded = segment.features(views.to(device))
+        if not probes:
+            torch.manual_seed(seed)
+            for name, feature in features.items():
+                K = feature.shape[1]
+                probes[name] = nn.Sequential(nn.BatchNorm2d(K, affine=False), nn.Conv2d(K, C, 1))
+            optimizer = torch.optim.AdamW(probes.to(device).parameters(), 3e-3)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        loss = 0.0
+        for name, feature in features.items():
+            shares = class_shares(labels.to(device), C, views.shape[2:], padded, feature.shape[2:])
+            log_p = probes[name](feature).log_softmax(1)
+            loss = loss - (shares * log_p).sum() / shares.sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.advance(1, lambda: f"  loss {loss.item():.3f}")
+    progress.close()
+    probes.eval()
+
+    @torch.no_grad()
+    def predict(views, size):
+        features, padded = segment.features(views)
+        logits = {f"linear_probe_{name}": probes[name](features[name]) for name in features}
+        return {name: label_map(l, padded, views.shape[2:], size) for name, l in logits.items()}
+
+    return predict
+
+
+# ------------------------------------------------------------------------------------------------
+# Your own images
+
+
+def find_images(paths):
+    """The image files among paths and in the folders among them, as a list of Path.
+
+    Raises UserError, before anything is done, for a path that is not there and an empty folder.
+    """
+    files = []
+    for path in map(Path, paths):
+        inside = [path / name for name in list_folder(path, PHOTOS)] if path.is_dir() else [path]
+        if not path.exists():
+            raise UserError(f"--images: no file or folder {path}")
+        if not inside:
+            raise UserError(f"--images: no images in {path}; expected {', '.join(PHOTOS)}")
+        files += inside
+    return files
+
+
+class Photos(torch.utils.data.Dataset):
+    """(image, view) of image files, or, where a file cannot be read, the message that says so."""
+
+    def __init__(self, files, scale):
+        self.files, self.scale = files, scale
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            image = read_image(self.files[i])
+        except UserError as error:
+            return str(error)
+        return image, evaluation_view(image, self.scale)
+
+
+def safe_name(path, used):
+    """A name for what is made of an image: its own, of harmless characters, unlike those in `used`.
+
+    used: a set of names without regard to case, which the new one joins. The second photo.jpg, or
+    photo.png beside photo.jpg, becomes photo-2.
+    """
+    stem = re.sub(r"[^\w.-]+", "_", path.stem).strip(".")[:50] or "image"
+    names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+    name = next(name for name in names if name.lower() not in used)
+    used.add(name.lower())
+    return name
+
+
+def predict(segment, stage, files, out, device, workers=0):
+    """Masks of image files of any size, one after the other; returns the files that failed.
+
+    stage: one of segment.names; files: list of Path; out: the folder, for
+    masks/NAME.png      the class of every pixel, 0…C-1, as a palette picture of the image's size,
+    overlays/NAME.png   the classes in colour on the image, at most 1000 pixels, with a legend,
+    predictions.jsonl   a line for every file: what was made of it, and the per cent of its pixels
+                        that each class has; under the name .part until all are done.
+    """
+    colours = dataset_palette(segment.settings.dataset, len(segment.classes))
+    for folder in ("masks", "overlays"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    part, used, failed = out / "predictions.jsonl.part", set(), []
+    loader = torch.utils.data.DataLoader(Photos(files, segment.settings.scale), batch_size=None,
+                                         num_workers=workers)
+    progress = Progress("predict", len(files))
+    with open(part, "w") as lines:
+        for path, loaded in zip(files, loader):
+            line = dict(image=str(path))
+            if isinstance(loaded, str):
+                print(f"error: {loaded}", file=sys.stderr)
+                failed.append(path)
+                line["error"] = loaded
+            else:
+                image, view = loaded
+                mask = segment(view[None].to(device), image.shape[1:])[stage][0].cpu()
+                name = safe_name(path, used)
+                share = mask.flatten().bincount(minlength=len(colours)) / mask.numel() * 100
+                order = [k for k in share.argsort(descending=True).tolist() if share[k] > 0]
+                areas = {segment.classes[k]: round(share[k].item(), 4) for k in order}
+                picture = Image.fromarray(mask.to(torch.uint8).numpy())
+                picture.putpalette(colours.flatten().tolist())
+                picture.save(out / "masks" / f"{name}.png")
+                entries = [(f"{segment.classes[k]} {share[k]:.1f} %", colours[k]) for k in order]
+                with_legend(image, mask, colours, entries).save(out / "overlays" / f"{name}.png")
+                line |= dict(mask=f"masks/{name}.png", overlay=f"overlays/{name}.png", stage=stage,
+                             width=image.shape[2], height=image.shape[1], areas=areas)
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
+            progress.advance()
+    progress.close()
+    part.replace(out / "predictions.jsonl")
+    return failed
+
+
+def with_legend(image, mask, colours, entries, longest=1000, least=420):
+    """The overlay of a mask on its image, of at most `longest` pixels, above a legend; PIL."""
+    factor = min(1, longest / max(image.shape[1:]))
+    size = [max(1, round(side * factor)) for side in image.shape[1:]]
+    mask = TF.resize(mask[None], size, TF.InterpolationMode.NEAREST_EXACT)[0]
+    picture = TF.to_pil_image(overlay(TF.resize(image, size, antialias=True), mask, colours))
+    names = legend(entries, max(least, picture.width))
+    sheet = Image.new("RGB", (names.width, picture.height + 8 + names.height), "white")
+    sheet.paste(picture, (0, 0))
+    sheet.paste(names, (0, picture.height + 8))
+    return sheet
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,9 +745,33 @@ def newest_checkpoint(folder=Path("runs")):
     """The checkpoint under a folder that was written last. Raises UserError if there is none."""
     found = [path for name in ("reclip.pt", "distill.pt") for path in folder.glob(f"*/{name}")]
     if not found:
-        raise UserError(f"no checkpoint under {folder}/; run python reclip.py first, or name one with "
-                        "--checkpoint")
+        raise UserError(f"no checkpoint under {folder}/; run python reclip.py first, or name one "
+                        "with --checkpoint")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def open_network(args, path, device):
+    """What --checkpoint names, if not our own, or --classes: a RectifiedCLIP, or None.
+
+    path: of the checkpoint, or None for MaskCLIP with args.classes. Raises UserError.
+    """
+    state = None if path is None else authors_state(path)
+    if path is not None and state is None:
+        return None
+    dataset = args.dataset or ("shapes" if args.clip == "shapes-tiny" else "folder")
+    if path is not None and dataset not in CLASSES:
+        raise UserError(f"{path} is a checkpoint of the authors' program; say with --dataset which "
+                        f"data set it is of: {', '.join(CLASSES)}")
+    method, preset = ("maskclip", "release") if path is None else authors_method(state)
+    s = argparse.Namespace(**recipe(dataset, preset, method), dataset=dataset, preset=preset,
+                           method=method, data_root=args.data_root, seed=0, workers=0)
+    s.clip, s.surgery = args.clip or s.clip, args.surgery or s.surgery
+    model = load_clip(s.clip, args.activation, device)
+    if path is None:
+        return plain_maskclip(model, parse_classes(args.classes), s)
+    classes = CLASSES[dataset]
+    Wq = query_features(model, classes).to(device)
+    return from_authors(state, model, classes, Wq, s)
 
 
 def parse_arguments(argv):
@@ -261,60 +781,167 @@ def parse_arguments(argv):
     flag("--dataset", help="default: the one it was trained on")
     flag("--data-root", type=Path, help="default: where it was trained")
     flag("--split", choices=("val", "train"), default="val")
-    flag("--clip", help="where the checkpoint's CLIP is, if not where it was")
-    flag("--pd", type=float, help="prompt denoising of the rectified logits (default: the recipe's)")
+    flag("--clip", help="where the checkpoint's CLIP is, if not where it was; without a checkpoint "
+         "of ours, a name or a file (default: ViT-B/16)")
+    flag("--pd", type=float, help="prompt denoising of the rectified logits (default: the "
+         "recipe's)")
     flag("--no-pd", action="store_true", help="no prompt denoising")
-    flag("--slide", type=int, nargs=2, metavar=("WINDOW", "STRIDE"), help="sliding windows instead of "
-         "whole images, in pixels of the resized image")
-    flag("--count-absent", action="store_true", help="a class without a pixel counts as IoU 0, as in the "
-         "authors' program, instead of not counting")
-    flag("--figures", action="store_true", help="write comparison.png beside the checkpoint")
+    flag("--slide", type=int, nargs=2, metavar=("WINDOW", "STRIDE"), help="sliding windows instead "
+         "of whole images, in pixels of the resized image")
+    flag("--count-absent", action="store_true", help="a class without a pixel counts as IoU 0, as "
+         "in the authors' program, instead of not counting")
+    flag("--bias", action="store_true", help="class-preference and space-preference scores")
+    flag("--figures", action="store_true", help="write comparison.png, heatmaps.png, confusion.png "
+         "and distance.png, of both checkpoints of a folder")
+    flag("--linear-probe", action="store_true", help="NOT unsupervised: train a linear classifier "
+         "of the frozen features with the ground truth of the training images")
+    flag("--out", type=Path, help="folder for results and figures (default: the checkpoint's), or "
+         "for --images (default: predictions/ in it)")
     flag("--batch", type=int, default=16, help="images of one size that go through at once")
     flag("--workers", type=int)
     flag("--device")
     flag("--amp", action=argparse.BooleanOptionalAction)
+    group = parser.add_argument_group("your own images")
+    flag = group.add_argument
+    flag("--images", nargs="+", metavar="PATH", help="files and folders: masks, overlays and class "
+         "areas of these, instead of an evaluation. One that cannot be read is named on stderr, "
+         "the others are done all the same, and the exit code is 2")
+    flag("--method", choices=("maskclip",), help="show the Query's masks, without rectification")
+    flag("--classes", help='with --method maskclip, without a checkpoint: "cat, dog, sofa", or a '
+         "text file with one name a line")
+    flag("--surgery", choices=("program", "value"), help="with --classes: keep residual and MLP of "
+         "CLIP's last block, or not")
+    flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="that --clip "
+         "was trained with, where no checkpoint of ours tells")
     return parser.parse_args(argv)
+
+
+def check_arguments(args):
+    """Raises UserError for options that do not go together, and numbers that cannot work."""
+    for option, values in (("batch", [args.batch]), ("slide", args.slide or [1])):
+        if min(values) < 1:
+            raise UserError(f"--{option} is {min(values)}; expected 1 or more")
+    if args.images and (args.bias or args.figures or args.linear_probe):
+        raise UserError("--images predicts; --bias, --figures and --linear-probe evaluate: one of "
+                        "the two at a time")
+    if args.method and not args.images:
+        raise UserError("--method goes with --images; an evaluation shows every stage")
+    if args.classes is not None and (args.method is None or args.checkpoint is not None):
+        raise UserError("--classes goes with --images and --method maskclip, without a checkpoint, "
+                        "which has its own class names")
+
+
+def stage_results(confusions, segment, data, args):
+    """What results.json holds of each stage: scores, and how they were made.
+
+    confusions: as `evaluate` gives them, with or without bins.
+    """
+    results = {}
+    for name, confusion in confusions.items():
+        bins = confusion.dim() == 3
+        result = scores(confusion.sum(0) if bins else confusion, args.count_absent)
+        result["iou"] = dict(zip(data.classes, result["iou"]))
+        result |= dict(dataset=data.name, split=data.split, images=len(data), slide=args.slide,
+                       pd=segment.pd if name == "rectified" else None,
+                       count_absent=args.count_absent)
+        if getattr(segment.settings, "use_ground_truth_void", False):  # not trained unsupervised
+            result["trained_with_ground_truth_void"] = True
+        if bins:
+            objects = "instance masks" if data.instances else "connected regions of a class"
+            result |= bias_scores(confusion, objects)
+        results[name] = result
+    return results
+
+
+def draw_figures(segmenters, data, confusions, device, out):
+    """Write comparison.png, heatmaps.png, confusion.png and distance.png into a folder."""
+    figures = dict(comparison=comparison(segmenters, data, device))
+    first = segmenters[0]
+    if not first.student and first.settings.bias != "none":
+        figures["heatmaps"] = heatmaps(first, data, device)
+    else:
+        print("no heatmaps.png: there is no bias logit map")
+    totals = {name: confusion.sum(0) for name, confusion in confusions.items()}
+    figures["confusion"] = confusion_figure(totals, data.classes)
+    curves = {name: distance_curve(confusion[:-1]) for name, confusion in confusions.items()}
+    figures["distance"] = distance_figure(curves)
+    for name, figure in figures.items():
+        figure.save(out / f"{name}.png")
+        print(f"→ {out / name}.png")
+
+
+def predict_images(args, segment, out, device, workers):
+    """--images. Raises UserError, after all are done, where some could not be read."""
+    stage = args.method or segment.names[-1]
+    if stage not in segment.names:
+        raise UserError(f"--method {stage}: this checkpoint has only {', '.join(segment.names)}")
+    files = find_images(args.images)
+    try:
+        failed = predict(segment, stage, files, out, device, workers)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error}") from None
+    print(f"{len(files) - len(failed)} images ({stage}) → {out}/")
+    if failed:
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise UserError(f"{len(failed)} of {len(files)} images could not be read: "
+                        + ", ".join(map(str, failed[:5])) + more)
 
 
 @clean_exit
 def main(argv=None):
     args = parse_arguments(argv)
+    check_arguments(args)
     device = pick_device(args.device)
-    path = args.checkpoint or newest_checkpoint()
     amp = device.type == "cuda" if args.amp is None else args.amp
-    for option, values in (("batch", [args.batch]), ("slide", args.slide or [1])):
-        if min(values) < 1:
-            raise UserError(f"--{option} is {min(values)}; expected 1 or more")
     pd = None if args.no_pd else "recipe" if args.pd is None else args.pd
-    segment = Segmenter(path, device, args.clip, pd, args.slide, amp)
+    path = None if args.classes is not None else args.checkpoint or newest_checkpoint()
+    foreign = open_network(args, path, device)
+    options = dict(device=device, source=args.clip, pd=pd, slide=args.slide, amp=amp)
+    segment = Segmenter(foreign or path, **options)
     s = segment.settings
-    dataset = args.dataset or s.dataset
-    data = open_dataset(dataset, args.data_root or s.data_root, args.split,
-                        segment.classes if dataset == "folder" else None, s.seed)
+    folder = Path("runs") / (path.stem if path else "maskclip") if foreign else path.parent
+    workers = s.workers if args.workers is None else args.workers
+    if args.images:
+        return predict_images(args, segment, args.out or folder / "predictions", device, workers)
+
+    dataset, out = args.dataset or s.dataset, args.out or folder
+    root, names = args.data_root or s.data_root, segment.classes if dataset == "folder" else None
+    data = open_dataset(dataset, root, args.split, names, s.seed)
     if data.classes != segment.classes:
-        raise UserError(f"{path} was made for other classes ({', '.join(segment.classes[:5])}, …) than "
-                        f"{dataset}'s")
+        raise UserError(f"{path} was made for other classes ({', '.join(segment.classes[:5])}, …) "
+                        f"than {dataset}'s")
     if not data.has_labels:
         print(f"{dataset} has no labels: nothing to compare with")
         return
-    workers = s.workers if args.workers is None else args.workers
-    confusions = evaluate(segment, data, s.scale, device, args.batch, workers)
-    results = {}
-    for name, confusion in confusions.items():
-        result = scores(confusion, args.count_absent)
-        result["iou"] = dict(zip(segment.classes, result["iou"]))
-        results[name] = result | dict(
-            dataset=dataset, split=args.split, images=len(data), slide=args.slide,
-            pd=segment.pd if name == "rectified" else None, count_absent=args.count_absent)
-        if getattr(s, "use_ground_truth_void", False):  # a student that was not trained unsupervised
-            results[name]["trained_with_ground_truth_void"] = True
+    segmenters = [segment]
+    if args.figures and not foreign:  # with the other checkpoint of the folder, if there is one
+        paths = [path.with_name(name) for name in ("reclip.pt", "distill.pt")]
+        if path in paths:
+            segmenters = [segment if other == path else Segmenter(other, **options)
+                          for other in paths if other.exists()]
+    bins, confusions, results = BINS if args.bias or args.figures else 0, {}, {}
+    for each in segmenters:
+        found = evaluate(each, data, each.settings.scale, device, args.batch, workers, bins)
+        results |= stage_results(found, each, data, args)
+        confusions |= found
+    biases = dict(results) if bins else {}
+    if args.linear_probe:
+        truth = open_dataset(dataset, root, "train", names, s.seed)
+        if not truth.has_labels:
+            raise UserError(f"--linear-probe: {dataset} has no training labels")
+        print("The linear probe is trained with ground truth: supervised, by definition.")
+        probe = linear_probe(segment, truth, device, batch=args.batch, workers=workers)
+        found = evaluate(probe, data, s.scale, device, args.batch, workers)
+        for name, result in stage_results(found, segment, data, args).items():
+            results[name] = result | dict(slide=None, trained_with_ground_truth=True)
     print(table(results, segment.classes))
-    save_results(path.parent / "results.json", results)
+    if biases:
+        print("\n" + bias_table(biases))
+    out.mkdir(parents=True, exist_ok=True)
+    save_results(out / "results.json", results)
     if args.figures:
-        figure = path.parent / "comparison.png"
-        comparison(segment, data, s.scale, device).save(figure)
-        print(f"→ {figure}")
-    print(f"{path}: {len(data)} images of {dataset} {args.split} → {path.parent / 'results.json'}")
+        draw_figures(segmenters, data, confusions, device, out)
+    print(f"{path}: {len(data)} images of {dataset} {args.split} → {out / 'results.json'}")
     return results
 
 

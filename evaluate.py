@@ -25,9 +25,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette, draw_seed, evaluation_view,
-                  evenly, legend, list_folder, open_dataset, overlay, parse_classes, picture_sheet,
-                  read_image)
+from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette, draw_seed,
+                  evaluation_view, evenly, legend, list_folder, open_dataset, overlay,
+                  parse_classes, picture_sheet, read_image)
 from reclip import (Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
                     load_checkpoint, load_clip, open_rectified, pick_device, plain_maskclip,
                     query_features, recipe, write_text)
@@ -121,7 +121,7 @@ def distance_curve(confusions):
 
 
 def space_preference(curve):
-    """Mean slope ΔmIoU / Δdistance of a distance curve between neighbouring bins, empty ones left out.
+    """Mean slope ΔmIoU / Δdistance of a distance curve between neighbouring non-empty bins.
 
     mIoU as a fraction here; higher is better, 0 would be no preference for the centre. None for
     fewer than two such bins. Between equal bins the mean of the slopes is the slope from the first
@@ -202,7 +202,7 @@ class Segmenter:
         return self.whole_logits(views)
 
     def whole_logits(self, views):
-        """The same without windows; a student's grid covers the view alone, a ViT's whole patches."""
+        """The same without windows. A student's grid covers the view, a ViT's whole patches."""
         if self.student:
             return {"distilled": self.network.logits(views, self.amp)}, views.shape[2:]
         outputs = dict(zip(self.names, self.network.logits(views, self.amp)))
@@ -555,7 +555,8 @@ def distance_figure(curves, width=1800, height=960):
     sheet.paste(head.rotate(90, expand=True), (20, (top + bottom) // 2 - 200))
     for n, (name, curve) in enumerate(curves.items()):
         points = [place((i + 0.5) / bins, m) for i, m in enumerate(curve) if m is not None]
-        draw.line(points, COLOURS[name], 6, joint="curve")
+        for pair in zip(points, points[1:]):
+            draw.line(pair, COLOURS[name], 6)
         for x, y in points:
             draw.ellipse((x - 10, y - 10, x + 10, y + 10), COLOURS[name])
         x, y, slope = right - 540, top + 28 + 52 * n, space_preference(curve)

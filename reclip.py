@@ -789,7 +789,8 @@ class RectifiedCLIP:
     def __init__(self, model, rectifier, Wr, classes, settings):
         device = model.visual.proj.device
         self.model, self.classes, self.settings = model, list(classes), settings
-        self.visual, self.patch = image_encoder(model, settings.preset), model.visual.conv1.stride[0]
+        self.visual = image_encoder(model, settings.preset)
+        self.patch = model.visual.conv1.stride[0]
         self.mean, self.std = preset_statistics(settings.preset)
         self.rectifier = rectifier.to(device).eval().requires_grad_(False)
         self.Wr = Wr if Wr is None else Wr.to(device)
@@ -828,7 +829,8 @@ def open_rectified(path, device="cpu", source=None):
 def plain_maskclip(model, classes, settings):
     """RectifiedCLIP that rectifies nothing: MaskCLIP with the given C class names, no checkpoint."""
     Wq = query_features(model, classes)
-    return RectifiedCLIP(model, Rectifier(model, classes, Wq, "none", False), None, classes, settings)
+    rectifier = Rectifier(model, classes, Wq, *METHODS["maskclip"])
+    return RectifiedCLIP(model, rectifier, None, classes, settings)
 
 
 # The authors' own checkpoints: what of theirs is learned, and what it is called here. The rest of
@@ -880,11 +882,13 @@ def from_authors(state, model, classes, Wq, settings):
     reference.suffix = clip.tokenize(classes, truncate=True)[:, 1:4].long()
     if method == "reclip":
         hidden = [len(state[f"position.{i}.weight"]) for i in (0, 3)]
-        rectifier.position = PositionLogits(model.visual.proj.shape[0], len(classes), hidden)
+        width = model.visual.proj.shape[0]
+        rectifier.position = PositionLogits(width, len(classes), hidden)
     try:
         missing, _ = rectifier.load_state_dict(state, strict=False)
-        if set(missing) != {"Wq", "reference.suffix", "reference.start"}:
-            raise RuntimeError(f"{len(missing)} parameters are missing, the first {missing[0]}")
+        missing = set(missing) - {"Wq", "reference.suffix", "reference.start"}
+        if missing:
+            raise RuntimeError(f"it lacks {', '.join(sorted(missing))}")
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the authors' checkpoint does not fit {len(classes)} classes "

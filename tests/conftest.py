@@ -14,6 +14,7 @@ REAL = Path(__file__).with_name("real")  # three photographs in VOC's layout, on
 sys.path.insert(0, str(REPOSITORY))
 
 import data  # noqa: E402
+import distill  # noqa: E402
 import reclip  # noqa: E402
 from clip.model import CLIP  # noqa: E402
 
@@ -106,16 +107,28 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-@pytest.fixture
-def small_demo(monkeypatch):
+class SmallShapes(data.Shapes):
     """The demo with 24 training and 12 validation images."""
 
-    class SmallShapes(data.Shapes):
-        def __init__(self, split, seed):
-            super().__init__(split, seed)
-            self.ids = self.ids[: 24 if split == "train" else 12]
+    def __init__(self, split, seed):
+        super().__init__(split, seed)
+        self.ids = self.ids[: 24 if split == "train" else 12]
 
+
+@pytest.fixture
+def small_demo(monkeypatch):
     monkeypatch.setattr(data, "Shapes", SmallShapes)
+
+
+@pytest.fixture(scope="session")
+def trained_demo(tmp_path_factory):
+    """A folder with reclip.pt and distill.pt of the small demo, hardly trained; to read only."""
+    out = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "Shapes", SmallShapes)
+        run(reclip.main, "--out", out, "--epochs", 3)
+        run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
+    return out
 
 
 # ---- Commands ----------------------------------------------------------------------------------

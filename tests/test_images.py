@@ -1,0 +1,202 @@
+"""evaluate.py --images: masks of one's own images, of any kind, name and number."""
+
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+from conftest import run
+
+
+@pytest.fixture
+def predict(trained_demo, tmp_path, monkeypatch):
+    """predict(*paths) → the lines of predictions.jsonl; the output lies in ./out."""
+    monkeypatch.chdir(tmp_path)
+
+    def predict(*arguments, checkpoint=trained_demo / "reclip.pt"):
+        chosen = ("--checkpoint", checkpoint) if checkpoint else ()
+        run(evaluate.main, *chosen, "--out", "out", "--workers", 0, "--images", *arguments)
+        return lines()
+
+    return predict
+
+
+def lines():
+    return [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
+
+
+def picture(path, size=(60, 40), mode="RGB", seed=0):
+    """A file with coloured blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (5, 7, 3), generator=generator, dtype=torch.uint8).numpy()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).convert(mode).save(path)
+
+
+def check_outputs(rows, sizes):
+    """Each line's mask is what it says; sizes: (width, height) of each."""
+    for row, (width, height) in zip(rows, sizes, strict=True):
+        assert (row["width"], row["height"]) == (width, height)
+        with Image.open(Path("out", row["mask"])) as mask:
+            assert mask.mode == "P" and mask.size == (width, height)
+            values = torch.from_numpy(np.array(mask)).flatten()
+            assert torch.equal(torch.tensor(mask.getpalette()[:30]).reshape(10, 3),
+                               data.SHAPES_PALETTE.long())
+        names = list(data.SHAPES)
+        assert sum(row["areas"].values()) == pytest.approx(100, abs=0.01)
+        assert list(row["areas"].values()) == sorted(row["areas"].values(), reverse=True)
+        for k in values.unique().tolist():
+            share = 100 * (values == k).float().mean().item()
+            assert row["areas"][names[k]] == pytest.approx(share, abs=1e-3)
+        assert len(values.unique()) == len(row["areas"])
+        with Image.open(Path("out", row["overlay"])) as overlay:
+            assert max(overlay.width, 420) <= 1000 and overlay.height > min(height, 10)
+
+
+def test_images_of_any_mode_and_size(predict):
+    kinds = [("L.png", "L"), ("LA.png", "LA"), ("P.png", "P"), ("RGBA.png", "RGBA"), ("1.png", "1"),
+             ("CMYK.jpg", "CMYK"), ("deep.png", "I;16"), ("p.webp", "RGB"), ("b.bmp", "RGB")]
+    for name, mode in kinds:
+        picture(f"in/{name}", mode=mode if mode != "I;16" else "L")
+    sizes = {"one.png": (1, 1), "wide.png": (1201, 3), "tall.png": (5, 701), "odd.png": (97, 53)}
+    for name, size in sizes.items():
+        picture(f"in/{name}", size)
+    turned = Image.new("RGB", (30, 20))
+    turned.getexif()[0x0112] = 6
+    turned.save("in/turned.jpg", exif=turned.getexif())
+    rows = predict("in")
+    assert [Path(row["image"]).name for row in rows] == sorted(
+        [name for name, _ in kinds] + [*sizes, "turned.jpg"])
+    by_name = sizes | {"turned.jpg": (20, 30)}
+    check_outputs(rows, [by_name.get(Path(row["image"]).name, (60, 40)) for row in rows])
+    assert {row["stage"] for row in rows} == {"rectified"}
+
+
+def test_masks_are_those_of_the_network(predict, trained_demo):
+    picture("a.png", (96, 96))
+    predict("a.png")
+    image = data.read_image("a.png")
+    segment = evaluate.Segmenter(trained_demo / "reclip.pt")
+    expected = segment(data.evaluation_view(image, (96, 96))[None], (96, 96))
+    mask = lambda: torch.from_numpy(np.array(Image.open("out/masks/a.png"))).long()
+    assert torch.equal(mask(), expected["rectified"][0])
+    rows = predict("a.png", "--method", "maskclip")
+    assert torch.equal(mask(), expected["maskclip"][0]) and rows[0]["stage"] == "maskclip"
+    rows = predict("a.png", checkpoint=trained_demo / "distill.pt")
+    assert rows[0]["stage"] == "distilled"
+
+
+def test_nothing_is_overwritten_and_nothing_lies_outside(predict, tmp_path):
+    names = ["x/photo.png", "y/photo.png", "x/photo.jpg", "x/Photo.png", "x/photo-2.png",
+             "x/.._.._escape.png", "x/a b&ü;$(c).png", "x/" + "ö" * 90 + ".png", "x/ .png"]
+    for seed, name in enumerate(names):
+        picture(name, seed=seed)
+    before = {path for path in tmp_path.rglob("*")}
+    # Hidden files are no part of a folder, but may be named.
+    rows = predict("x", "y", "x/photo.png", "x/../x/photo.png", "x/.._.._escape.png")
+    assert len(rows) == len(names) + 2
+    masks = [row["mask"] for row in rows]
+    assert len({mask.lower() for mask in masks}) == len(masks)
+    for folder in ("out/masks", "out/overlays"):
+        assert len(list(Path(folder).iterdir())) == len(masks)
+    made = {path for path in tmp_path.rglob("*")} - before
+    assert all(path.is_relative_to(tmp_path / "out") for path in made)
+    same = [row for row in rows if Path(row["image"]).resolve() == (tmp_path / "x/photo.png")]
+    assert len(same) == 3 and len({Path("out", row["mask"]).read_bytes() for row in same}) == 1
+
+
+def test_broken_images_are_named_and_the_others_done(predict, capsys):
+    picture("in/good.png"), picture("in/z.png")
+    Path("in/cut.jpg").write_bytes(b"\xff\xd8\xff")
+    Path("in/empty.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        predict("in")
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(said) == 3
+    assert "cannot read image in/cut.jpg" in said[0] and "in/empty.png" in said[1]
+    assert said[2] == "error: 2 of 4 images could not be read: in/cut.jpg, in/empty.png"
+    assert [("error" in row, "mask" in row) for row in lines()] == [
+        (True, False), (True, False), (False, True), (False, True)]
+    assert not list(Path("out").glob("*.part"))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere"], "--images: no file or folder nowhere"),
+    (["empty"], "--images: no images in empty; expected .jpg"),
+    (["a.png", "--bias"], "--images predicts; --bias"),
+    (["a.png", "--classes", "cat"], "--classes goes with"),
+    (["a.png", "--out", "a.png"], "cannot write to a.png"),
+])
+def test_mistakes(predict, capsys, arguments, message):
+    picture("a.png")
+    Path("empty").mkdir()
+    with pytest.raises(SystemExit) as end:
+        predict(*arguments)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_student_knows_no_maskclip(predict, trained_demo, capsys):
+    picture("a.png")
+    with pytest.raises(SystemExit):
+        predict("a.png", "--method", "maskclip", checkpoint=trained_demo / "distill.pt")
+    assert "--method maskclip: this checkpoint has only distilled" in capsys.readouterr().err
+
+
+def test_maskclip_without_a_checkpoint(predict, photos, clip_file, trained_demo):
+    names = ("--method", "maskclip", "--classes", "cat, dog, sofa")
+    rows = predict(photos, *names, "--clip", clip_file, checkpoint=None)
+    assert len(rows) == 3 and all(set(row["areas"]) <= {"cat", "dog", "sofa"} for row in rows)
+    first = [Path("out", row["mask"]).read_bytes() for row in rows]
+    rows = predict(photos, *names, "--clip", clip_file, "--surgery", "value", checkpoint=None)
+    assert first != [Path("out", row["mask"]).read_bytes() for row in rows]
+    # The demo's CLIP has its own recipe: the masks are those of its checkpoint's MaskCLIP.
+    picture("a.png", (96, 96))
+    options = ("a.png", "--method", "maskclip")
+    areas = predict(*options)[0]["areas"]
+    classes = ", ".join(data.SHAPES)
+    assert predict(*options, "--classes", classes, "--clip", "shapes-tiny",
+                   checkpoint=None)[0]["areas"] == areas
+
+
+def test_results_lie_beside_the_checkpoint_and_appear_line_by_line(trained_demo, tmp_path,
+                                                                   monkeypatch):
+    for name in "abc":
+        picture(tmp_path / "in" / f"{name}.png")
+    shutil.copy(trained_demo / "reclip.pt", tmp_path)
+    part, seen = tmp_path / "predictions" / "predictions.jsonl.part", []
+    read = evaluate.read_image
+    monkeypatch.setattr(evaluate, "read_image", lambda path: (
+        seen.append(len(part.read_text().splitlines())), read(path))[1])
+    run(evaluate.main, "--checkpoint", tmp_path / "reclip.pt", "--images", tmp_path / "in")
+    assert seen == [0, 1, 2] and not part.exists()
+    assert len((tmp_path / "predictions" / "predictions.jsonl").read_text().splitlines()) == 3
+
+
+def test_images_are_not_kept(predict, monkeypatch):
+    picture("in/0.png")
+    for i in range(1, 20):
+        shutil.copy("in/0.png", f"in/{i}.png")
+    read, images, alive = evaluate.read_image, [], []
+
+    def counted(path):
+        alive.append(sum(image() is not None for image in images))
+        image = read(path)
+        images.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(evaluate, "read_image", counted)
+    assert len(predict("in")) == 20 and max(alive) <= 2
+
+
+def test_large_label_maps_go_class_by_class():
+    logits = torch.randn(1, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    size = (3000, 4000)  # 12 million pixels: five classes at once, then one
+    whole = evaluate.label_map(logits, (64, 64), (64, 64), size)
+    assert torch.equal(whole, evaluate.label_map(logits, (64, 64), (64, 64), size, 6))

@@ -685,7 +685,7 @@ def predict(segment, stage, files, out, device, workers=0):
 
     stage: one of segment.names; files: list of Path; out: the folder, for
     masks/NAME.png      the class of every pixel, 0…C-1, as a palette picture of the image's size,
-    overlays/NAME.png   the classes in colour on the image, at most 1000 pixels, with a legend,
+    overlays/NAME.png   the classes in colour on the image, 420 to 1000 pixels, with a legend,
     predictions.jsonl   a line for every file: what was made of it, and the per cent of its pixels
                         that each class has; under the name .part until all are done.
     """
@@ -726,8 +726,8 @@ def predict(segment, stage, files, out, device, workers=0):
 
 
 def with_legend(image, mask, colours, entries, longest=1000, least=420):
-    """The overlay of a mask on its image, of at most `longest` pixels, above a legend; PIL."""
-    factor = min(1, longest / max(image.shape[1:]))
+    """The overlay of a mask on its image above a legend, `least` to `longest` pixels wide; PIL."""
+    factor = min(longest / max(image.shape[1:]), max(1, least / image.shape[2]))
     size = [max(1, round(side * factor)) for side in image.shape[1:]]
     mask = TF.resize(mask[None], size, TF.InterpolationMode.NEAREST_EXACT)[0]
     picture = TF.to_pil_image(overlay(TF.resize(image, size, antialias=True), mask, colours))

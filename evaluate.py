@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from data import (VOID, UserError, clean_exit, evaluation_view, evenly, open_dataset, overlay,
                   picture_sheet)
-from reclip import Progress, RectifiedCLIP, load_checkpoint, pick_device, write_text
+from reclip import (Progress, RectifiedCLIP, load_checkpoint, make_hypotheses, pick_device,
+                    write_text)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -196,6 +197,19 @@ def evaluate(segment, data, scale, device, batch=16, workers=0):
     return {name: total.cpu() for name, total in totals.items()}
 
 
+def hypothesis_quality(hypothesis, data):
+    """Precision and recall, in per cent, of image-level hypotheses against the labels of `data`.
+
+    hypothesis: bool len(data)×C. Counts all (image, class) pairs alike.
+    """
+    truth = torch.zeros_like(hypothesis)
+    for i in range(len(data)):
+        present = data.label(i).unique()
+        truth[i, present[present != VOID]] = True
+    hits = (hypothesis & truth).sum().item()
+    return 100 * hits / max(1, hypothesis.sum().item()), 100 * hits / max(1, truth.sum().item())
+
+
 def table(results, classes):
     """A text table: mIoU and pixel accuracy, then the IoU of every class; one column per result."""
     width = max(18, *(len(name) for name in classes))
@@ -268,6 +282,8 @@ def parse_arguments(argv):
          "whole images, in pixels of the resized image")
     flag("--count-absent", action="store_true", help="a class without a pixel counts as IoU 0, as in the "
          "authors' program, instead of not counting")
+    flag("--hypotheses", action="store_true", help="precision and recall of the run's image-level "
+         "hypotheses on the true classes of the training images")
     flag("--figures", action="store_true", help="write comparison.png beside the checkpoint")
     flag("--batch", type=int, default=16, help="images of one size that go through at once")
     flag("--workers", type=int)
@@ -310,6 +326,15 @@ def main(argv=None):
             results[name]["trained_with_ground_truth_void"] = True
     print(table(results, segment.classes))
     save_results(path.parent / "results.json", results)
+    if args.hypotheses:
+        images = open_dataset(dataset, args.data_root or s.data_root, "train",
+                              segment.classes if dataset == "folder" else None, s.seed)
+        network = segment.network
+        hypothesis = make_hypotheses(images, network.model, network.rectifier.Wq, s,
+                                     path.with_name("hypotheses.jsonl"), device)
+        precision, recall = hypothesis_quality(hypothesis, images)
+        print(f"hypotheses of {len(images)} training images: precision {precision:.1f} %, recall "
+              f"{recall:.1f} %")
     if args.figures:
         figure = path.parent / "comparison.png"
         comparison(segment, data, s.scale, device).save(figure)

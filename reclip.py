@@ -430,12 +430,12 @@ def make_hypotheses(data, model, Wq, s, path, device):
     """
     header = dict(hypothesis=s.hypothesis, data=data.name, seed=s.seed if data.name == "shapes" else 0,
                   classes=data.classes, clip=fingerprint(model),
-                  crop_ratio=s.crop_ratio if s.hypothesis == "crops" else None)
+                  view=s.crop_ratio if s.hypothesis == "crops" else list(s.scale))
     known = {}
     part = Path(f"{path}.part")
     for file in (path, part):
         if file.exists():
-            lines = file.read_text().split("\n")[:-1]  # a line cut short by an interruption is dropped
+            lines = file.read_text("utf-8").split("\n")[:-1]  # a line cut short by an interruption is dropped
             try:
                 first, *rows = map(json.loads, lines)
             except ValueError:  # empty or damaged
@@ -451,7 +451,7 @@ def make_hypotheses(data, model, Wq, s, path, device):
         loader = torch.utils.data.DataLoader(Images(data, missing), batch_size=None,
                                              num_workers=s.workers)
         progress = Progress("hypotheses", len(data), len(data) - len(missing))
-        with open(part, "a") as file:
+        with open(part, "a", encoding="utf-8") as file:
             for index, image in loader:
                 scores = image_scores(image.to(device), model, Wq, s)
                 known[data.ids[index]] = scores
@@ -683,7 +683,7 @@ def plain(s):
 def write_text(path, text):
     """Write a whole file under a temporary name, then rename it."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, "utf-8")
     os.replace(temporary, path)
 
 

@@ -389,6 +389,7 @@ def test_another_run_in_the_same_folder(demo, place, clip_file, capsys):
     (out / "hypotheses.jsonl").write_text(scores)
     (out / "reclip.pt").write_bytes(before[:5000])
     assert "reclip.pt is not a checkpoint" in error(capsys, reclip.main, *short)
+    (out / "reclip.pt").write_bytes(before)
     for damaged in ("", "{nonsense\n", scores[:-30] + "\n"):
         (out / "hypotheses.jsonl").write_text(damaged)
         assert "or is damaged; delete it" in error(capsys, reclip.main, *short)

@@ -537,18 +537,19 @@ TEXTURES = list(dict.fromkeys(texture for _, texture, *_ in SHAPES.values()))
 
 # Two distributions: the pictures of the "web" that the tiny CLIP learns from carry the habits from
 # which its biases come (a preferred centre, companions, frequent classes, typical backgrounds);
-# the target data to be segmented has none of them.
-WEB = dict(side=48, radius=(7, 18), objects=3, colour_habit=0.75, texture_habit=0.95,
-           centred=0.6, companion=0.4, skewed=True, background_habit=0.5)
-TARGET = dict(side=96, radius=(10, 24), objects=4, colour_habit=0.70, texture_habit=0.95,
-              centred=0.0, companion=0.0, skewed=False, background_habit=0.0)
+# the target data to be segmented has none of them, and is seen from nearer: all is a third larger.
+WEB = dict(side=48, radius=(7, 18), grain=(0.85, 1.2), objects=3, colour_habit=0.75,
+           texture_habit=0.95, centred=0.6, companion=0.4, skewed=True, background_habit=0.5)
+TARGET = dict(side=96, radius=(10, 24), grain=(1.1, 1.5), objects=4, colour_habit=0.9,
+              texture_habit=0.95, centred=0.0, companion=0.0, skewed=False, background_habit=0.0)
 
 
-def draw_shapes(seeds, side, radius, objects, colour_habit, texture_habit, centred, companion,
-                skewed, background_habit):
+def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit, centred,
+                companion, skewed, background_habit):
     """Draw one image per seed; an image depends on its own seed alone, not on its neighbours.
 
-    seeds: list of B ints; the other arguments as in WEB and TARGET (side and radius in pixels).
+    seeds: list of B ints; the other arguments as in WEB and TARGET (side and radius in pixels, grain
+    the size of the textures).
     Returns images (uint8 B×3×side×side), labels (int64 B×side×side, 255 = background) and, for
     captions, classes (B×objects, -1 = no object), colours (B×objects) and background colours (B).
     """
@@ -621,7 +622,7 @@ def draw_shapes(seeds, side, radius, objects, colour_habit, texture_habit, centr
         u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
         inside = _by_kind(_outline, OUTLINES, outlines[:, j], u / size, v / size)
         inside &= (classes[:, j] >= 0)[:, None, None]
-        scale = uniform(0.85, 1.2)[:, None, None]
+        scale = uniform(*grain)[:, None, None]
         marks = _by_kind(_texture, TEXTURES, textures[:, j], u / scale, v / scale, size, noise)
         body = rgb[colours[:, j]]
         light = body.mean(1, keepdim=True) > 0.5

@@ -511,7 +511,7 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0):
 # 5. The built-in demo: procedural images of ten things, each a shape with a habitual texture and
 # habitual colours. An outline alone teaches a small CLIP nothing local; texture and colour do.
 
-SHAPES = {  # name: (outline, habitual texture, two habitual colours, habitual companion in web data)
+SHAPES = {  # name: (outline, habitual texture, two habitual colours, companion in web data)
     "ladybug": ("disc", "dots", "red orange", "leaf"),
     "flag": ("square", "stripes", "blue red", "cross"),
     "chessboard": ("square", "checks", "black white", "shell"),
@@ -548,8 +548,8 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
                 companion, skewed, background_habit):
     """Draw one image per seed; an image depends on its own seed alone, not on its neighbours.
 
-    seeds: list of B ints; the other arguments as in WEB and TARGET (side and radius in pixels, grain
-    the size of the textures).
+    seeds: list of B ints; the other arguments as in WEB and TARGET (side and radius in pixels,
+    grain the size of the textures, the habits as probabilities).
     Returns images (uint8 B×3×side×side), labels (int64 B×side×side, 255 = background) and, for
     captions, classes (B×objects, -1 = no object), colours (B×objects) and background colours (B).
     """
@@ -583,13 +583,14 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
             k = torch.where(uniform() < companion, friend[classes[:, 0]], k)
         classes[:, j] = k
         outlines[:, j] = outline_of[k]
-        textures[:, j] = torch.where(uniform() < texture_habit, texture_of[k], choose(len(TEXTURES)))
+        textures[:, j] = torch.where(uniform() < texture_habit, texture_of[k],
+                                     choose(len(TEXTURES)))
         colours[:, j] = torch.where(uniform() < colour_habit, habit[k, choose(2)], choose(len(rgb)))
         options = torch.stack([torch.stack([uniform(0.1, 0.9), uniform(0.1, 0.9)], 1)
                                for _ in range(6)], 1) * side
         if j:
-            gap = (options[:, :, None] - places[:, None, :j, :2]).norm(dim=-1) - places[:, None, :j, 2]
-            best = gap.amin(-1).argmax(1)
+            gap = (options[:, :, None] - places[:, None, :j, :2]).norm(dim=-1)
+            best = (gap - places[:, None, :j, 2]).amin(-1).argmax(1)
         else:
             best = torch.zeros(b).long()
         xy = options[torch.arange(b), best]

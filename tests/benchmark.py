@@ -77,8 +77,9 @@ def distillation(model, epochs=4):
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(model.state_dict(), f"{folder}/clip.pt")
-        reclip = ["reclip.py", "--dataset", "voc", "--data-root", str(ROOT / "tests/real"), "--clip",
-                  f"{folder}/clip.pt", "--out", folder, "--epochs", "1", "--crop-ratio", "1"]
+        photos, weights = str(ROOT / "tests/real"), f"{folder}/clip.pt"
+        reclip = ["reclip.py", "--dataset", "voc", "--data-root", photos, "--clip", weights,
+                  "--out", folder, "--epochs", "1", "--crop-ratio", "1"]
         distill = ["distill.py", "--teacher", f"{folder}/reclip.pt", "--backbone", "none",
                    "--batch", "2", "--epochs", str(epochs)]
         for command in (reclip, distill):
@@ -106,7 +107,8 @@ def main(argv=None):
         print(f"{C:7}{plain:19.2f} s{ours:15.3f} s{plain / ours:9.1f}", flush=True)
     if not args.quick:
         seconds, peak = distillation(model)
-        print(f"distillation, ResNet-50, 512×512, batch 2: {seconds:.1f} s a step, peak {peak:.1f} GB")
+        print(f"distillation, ResNet-50, 512×512, batch 2: {seconds:.1f} s a step, "
+              f"peak {peak:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -372,7 +372,7 @@ def test_another_run_in_the_same_folder(demo, place, clip_file, capsys):
     short = ("--out", out, "--epochs", 2)
     for arguments, message in [
         ((*short, "--lr", 0.02), "made with other settings (lr 0.01 → 0.02)"),
-        ((*short, "--schedule", 40), "made with other settings (schedule 30 → 40)"),
+        ((*short, "--schedule", 40), "made with other settings (schedule 20 → 40)"),
         ((*short, "--seed", 1), "was made with other settings"),
         ((*short, "--clip", clip_file), "with another CLIP"),
         ((*short, "--crop-ratio", 0.25), "was made with other settings"),

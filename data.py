@@ -567,7 +567,7 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0):
 # 5. The built-in demo: procedural images of ten things, each a shape with a habitual texture and
 # habitual colours. An outline alone teaches a small CLIP nothing local; texture and colour do.
 
-SHAPES = {  # name: (outline, habitual texture, two habitual colours, habitual companion in web data)
+SHAPES = {  # name: (outline, habitual texture, two habitual colours, companion in web data)
     "ladybug": ("disc", "dots", "red orange", "leaf"),
     "flag": ("square", "stripes", "blue red", "cross"),
     "chessboard": ("square", "checks", "black white", "shell"),
@@ -593,18 +593,19 @@ TEXTURES = list(dict.fromkeys(texture for _, texture, *_ in SHAPES.values()))
 
 # Two distributions: the pictures of the "web" that the tiny CLIP learns from carry the habits from
 # which its biases come (a preferred centre, companions, frequent classes, typical backgrounds);
-# the target data to be segmented has none of them.
-WEB = dict(side=48, radius=(7, 18), objects=3, colour_habit=0.75, texture_habit=0.95,
-           centred=0.6, companion=0.4, skewed=True, background_habit=0.5)
-TARGET = dict(side=96, radius=(10, 24), objects=4, colour_habit=0.70, texture_habit=0.95,
-              centred=0.0, companion=0.0, skewed=False, background_habit=0.0)
+# the target data to be segmented has none of them, and is seen from nearer: all is a third larger.
+WEB = dict(side=48, radius=(7, 18), grain=(0.85, 1.2), objects=3, colour_habit=0.75,
+           texture_habit=0.95, centred=0.6, companion=0.4, skewed=True, background_habit=0.5)
+TARGET = dict(side=96, radius=(10, 24), grain=(1.1, 1.5), objects=4, colour_habit=0.9,
+              texture_habit=0.95, centred=0.0, companion=0.0, skewed=False, background_habit=0.0)
 
 
-def draw_shapes(seeds, side, radius, objects, colour_habit, texture_habit, centred, companion,
-                skewed, background_habit):
+def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit, centred,
+                companion, skewed, background_habit):
     """Draw one image per seed; an image depends on its own seed alone, not on its neighbours.
 
-    seeds: list of B ints; the other arguments as in WEB and TARGET (side and radius in pixels).
+    seeds: list of B ints; the other arguments as in WEB and TARGET (side and radius in pixels,
+    grain the size of the textures, the habits as probabilities).
     Returns images (uint8 B×3×side×side), labels (int64 B×side×side, 255 = background) and, for
     captions, classes (B×objects, -1 = no object), colours (B×objects) and background colours (B).
     """
@@ -638,13 +639,14 @@ def draw_shapes(seeds, side, radius, objects, colour_habit, texture_habit, centr
             k = torch.where(uniform() < companion, friend[classes[:, 0]], k)
         classes[:, j] = k
         outlines[:, j] = outline_of[k]
-        textures[:, j] = torch.where(uniform() < texture_habit, texture_of[k], choose(len(TEXTURES)))
+        textures[:, j] = torch.where(uniform() < texture_habit, texture_of[k],
+                                     choose(len(TEXTURES)))
         colours[:, j] = torch.where(uniform() < colour_habit, habit[k, choose(2)], choose(len(rgb)))
         options = torch.stack([torch.stack([uniform(0.1, 0.9), uniform(0.1, 0.9)], 1)
                                for _ in range(6)], 1) * side
         if j:
-            gap = (options[:, :, None] - places[:, None, :j, :2]).norm(dim=-1) - places[:, None, :j, 2]
-            best = gap.amin(-1).argmax(1)
+            gap = (options[:, :, None] - places[:, None, :j, :2]).norm(dim=-1)
+            best = (gap - places[:, None, :j, 2]).amin(-1).argmax(1)
         else:
             best = torch.zeros(b).long()
         xy = options[torch.arange(b), best]
@@ -677,7 +679,7 @@ def draw_shapes(seeds, side, radius, objects, colour_habit, texture_habit, centr
         u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
         inside = _by_kind(_outline, OUTLINES, outlines[:, j], u / size, v / size)
         inside &= (classes[:, j] >= 0)[:, None, None]
-        scale = uniform(0.85, 1.2)[:, None, None]
+        scale = uniform(*grain)[:, None, None]
         marks = _by_kind(_texture, TEXTURES, textures[:, j], u / scale, v / scale, size, noise)
         body = rgb[colours[:, j]]
         light = body.mean(1, keepdim=True) > 0.5

@@ -29,8 +29,8 @@ from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette,
                   evaluation_view, evenly, legend, list_folder, open_dataset, overlay,
                   parse_classes, picture_sheet, read_image)
 from reclip import (Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
-                    load_checkpoint, load_clip, open_rectified, pick_device, plain_maskclip,
-                    query_features, recipe, write_text)
+                    load_checkpoint, load_clip, make_hypotheses, open_rectified, pick_device,
+                    plain_maskclip, query_features, recipe, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -307,6 +307,19 @@ def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
         progress.advance(len(views))
     progress.close()
     return {name: total.cpu() for name, total in totals.items()}
+
+
+def hypothesis_quality(hypothesis, data):
+    """Precision and recall, in per cent, of image-level hypotheses against the labels of `data`.
+
+    hypothesis: bool len(data)×C. Counts all (image, class) pairs alike.
+    """
+    truth = torch.zeros_like(hypothesis)
+    for i in range(len(data)):
+        present = data.label(i).unique()
+        truth[i, present[present != VOID]] = True
+    hits = (hypothesis & truth).sum().item()
+    return 100 * hits / max(1, hypothesis.sum().item()), 100 * hits / max(1, truth.sum().item())
 
 
 def bias_scores(confusions, objects):
@@ -791,6 +804,8 @@ def parse_arguments(argv):
          "of whole images, in pixels of the resized image")
     flag("--count-absent", action="store_true", help="a class without a pixel counts as IoU 0, as "
          "in the authors' program, instead of not counting")
+    flag("--hypotheses", action="store_true", help="precision and recall of the run's image-level "
+         "hypotheses on the true classes of the training images")
     flag("--bias", action="store_true", help="class-preference and space-preference scores")
     flag("--figures", action="store_true", help="write comparison.png, heatmaps.png, confusion.png "
          "and distance.png, of both checkpoints of a folder")
@@ -940,6 +955,15 @@ def main(argv=None):
         print("\n" + bias_table(biases))
     out.mkdir(parents=True, exist_ok=True)
     save_results(out / "results.json", results)
+    if args.hypotheses:
+        if foreign or segment.student or s.hypothesis == "none":
+            raise UserError(f"--hypotheses: {path} was not trained with hypotheses of its own")
+        images, network = open_dataset(dataset, root, "train", names, s.seed), segment.network
+        hypothesis = make_hypotheses(images, network.model, network.rectifier.Wq, s,
+                                     path.with_name("hypotheses.jsonl"), device)
+        precision, recall = hypothesis_quality(hypothesis, images)
+        print(f"hypotheses of {len(images)} training images: precision {precision:.1f} %, recall "
+              f"{recall:.1f} %")
     if args.figures:
         draw_figures(segmenters, data, confusions, device, out)
     print(f"{path}: {len(data)} images of {dataset} {args.split} → {out / 'results.json'}")

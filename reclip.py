@@ -170,7 +170,7 @@ class Reference(nn.Module):
 
 
 def encode_shared_prefix(model, prefix, suffix):
-    """CLIP's text features of C texts that begin alike, exactly, for the price of little more than one.
+    """CLIP's text features of C texts that begin alike, exactly, for little more than one's price.
 
     Attention is causal, so the positions of a common beginning are the same for every text and are
     computed once; only each text's own ending runs C times and looks back at the shared keys and
@@ -271,8 +271,8 @@ class Rectifier(nn.Module):
 
     model: a CLIP with a ViT image encoder; classes: C names; Wq: C×D.
     bias: how Mb is extracted: "independent" (ReCLIP++), "joint" (ReCLIP), "reference" (ReCLIP
-    without its positional part) or "none". decoder: whether M passes through one. sign: -1 subtracts
-    the bias (Eq. 3), +1 adds it (Table V).
+    without its positional part) or "none". decoder: whether M passes through one. sign: -1
+    subtracts the bias (Eq. 3), +1 adds it (Table V).
     """
 
     def __init__(self, model, classes, Wq, bias="independent", decoder=True, sign=-1):
@@ -368,8 +368,11 @@ def crop_windows(H, W, r):
     """Windows (top, left, height, width) of r times the image's sides, half a window apart."""
     height, width = max(1, round(r * H)), max(1, round(r * W))
     steps = round(2 / r) - 1  # r = 1/6: 11×11 windows
-    place = lambda side, window: [round(i * (side - window) / max(1, steps - 1)) for i in range(steps)]
-    return [(top, left, height, width) for top in place(H, height) for left in place(W, width)]
+
+    def starts(side, window):
+        return [round(i * (side - window) / max(1, steps - 1)) for i in range(steps)]
+
+    return [(top, left, height, width) for top in starts(H, height) for left in starts(W, width)]
 
 
 def cut_crops(image, r, side):
@@ -425,45 +428,51 @@ def make_hypotheses(data, model, Wq, s, path, device):
     The file holds, by image id, what the hypotheses are decided from (how many crops each class
     won, or 100·cosine to each class), so the thresholds can be changed without encoding again.
     Its first line tells the settings that made it; it grows under another name (.part), from which
-    an interrupted run goes on. s: settings with hypothesis, crop_ratio, threshold, top, amp, workers.
-    Raises UserError for a file made with other settings.
+    an interrupted run goes on. s: settings hypothesis, crop_ratio or scale, threshold, top, amp,
+    workers, seed. Raises UserError for a file made with other settings.
     """
-    header = dict(hypothesis=s.hypothesis, data=data.name, seed=s.seed if data.name == "shapes" else 0,
-                  classes=data.classes, clip=fingerprint(model),
-                  crop_ratio=s.crop_ratio if s.hypothesis == "crops" else None)
+    crops, part = s.hypothesis == "crops", Path(f"{path}.part")
+    header = dict(hypothesis=s.hypothesis, data=data.name, classes=data.classes,
+                  seed=s.seed if data.name == "shapes" else 0, clip=fingerprint(model),
+                  view=s.crop_ratio if crops else list(s.scale))
     known = {}
-    part = Path(f"{path}.part")
     for file in (path, part):
         if file.exists():
-            lines = file.read_text().split("\n")[:-1]  # a line cut short by an interruption is dropped
-            try:
-                first, *rows = map(json.loads, lines)
-            except ValueError:  # empty or damaged
-                first = None
-            if first != header:
-                raise UserError(f"{file} was made with other settings or another CLIP, or is damaged; "
-                                "delete it or choose another folder with --out")
-            known |= {row["id"]: row["scores"] for row in rows}
+            known |= read_scores(file, header)
     missing = [i for i, name in enumerate(data.ids) if name not in known]
     if missing:
+        line = lambda row: json.dumps(row, ensure_ascii=False) + "\n"
         rows = [dict(id=name, scores=scores) for name, scores in known.items()]
-        write_text(part, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [header, *rows]))
+        write_text(part, "".join(map(line, [header, *rows])))
         loader = torch.utils.data.DataLoader(Images(data, missing), batch_size=None,
                                              num_workers=s.workers)
         progress = Progress("hypotheses", len(data), len(data) - len(missing))
-        with open(part, "a") as file:
+        with open(part, "a", encoding="utf-8") as file:
             for index, image in loader:
                 scores = image_scores(image.to(device), model, Wq, s)
                 known[data.ids[index]] = scores
-                file.write(json.dumps(dict(id=data.ids[index], scores=scores), ensure_ascii=False) + "\n")
+                file.write(line(dict(id=data.ids[index], scores=scores)))
                 file.flush()
                 progress.advance(1)
         progress.close()
         os.replace(part, path)
     scores = torch.tensor([known[name] for name in data.ids], dtype=torch.float64)
-    if s.hypothesis == "crops":
+    if crops:
         return crop_hypothesis(scores, s.threshold)
     return global_hypothesis(scores, s.threshold, s.top)
+
+
+def read_scores(file, header):
+    """{id: scores} of a file of make_hypotheses. Raises UserError unless its header is this one."""
+    lines = file.read_text("utf-8").split("\n")[:-1]  # without a line that was cut short
+    try:
+        first, *rows = map(json.loads, lines)
+    except ValueError:  # empty or damaged
+        first = None
+    if first != header:
+        raise UserError(f"{file} was made with other settings or another CLIP, or is damaged; "
+                        "delete it or choose another folder with --out")
+    return {row["id"]: row["scores"] for row in rows}
 
 
 def image_scores(image, model, Wq, s):
@@ -503,11 +512,12 @@ PAPER = {  # the authors' settings of August 2024, when the papers' numbers were
     "cityscapes": ((1024, 512), 512, 150, 150, 16, 0.01, 0.74),
     "stuff":      ((2048, 512), 512,  30,  30, 16, 0.01, 0.9),
 }
-DEMO = ((96, 96), 96, 30, 30, 16, 0.01, None)
-DEMO_ONLY = dict(clip="shapes-tiny", surgery="value", ratio=(1.0, 1.0), distort=False, crop_ratio=1 / 2)
+DEMO = ((96, 96), 96, 20, 20, 16, 0.01, None)
+DEMO_ONLY = dict(clip="shapes-tiny", surgery="value", ratio=(1.0, 1.0), distort=False,
+                 crop_ratio=1 / 2)
 # ReCLIP's global hypothesis: threshold on 100·cosine, and how many classes if none passes
 GLOBAL = {"voc": (23, 2), "context": (20, 6), "ade": (21, 5), "cityscapes": (21.5, 2),
-          "stuff": (20, 8), "shapes": (23, 2)}
+          "stuff": (20, 8), "shapes": (48, 2)}
 
 
 def recipe(dataset, preset="release", method="reclip++", hypothesis=None):
@@ -517,7 +527,7 @@ def recipe(dataset, preset="release", method="reclip++", hypothesis=None):
     values = DEMO if row == "shapes" else {"release": RELEASE, "paper": PAPER}[preset][row]
     s = ALWAYS | dict(zip(columns, values)) | (DEMO_ONLY if row == "shapes" else {})
     s["bias"], s["decoder"], s["sign"] = *METHODS[method], -1
-    s["hypothesis"] = hypothesis or {"reclip++": "crops", "reclip": "global", "maskclip": "none"}[method]
+    s["hypothesis"] = hypothesis or {"reclip++": "crops", "reclip": "global"}.get(method, "none")
     s["threshold"], s["top"] = GLOBAL[row] if s["hypothesis"] == "global" else (
         {"voc": 0.07, "cityscapes": 0.07, "shapes": 0.12}.get(row, 0.0), 0)
     s["mask_temperature"] = 0.1 if row == "shapes" else {"reclip": 0.001}.get(method, 0.01)  # τ1
@@ -564,8 +574,10 @@ def train(s, data, model, rectifier, hypothesis, run, device):
             Z = F.normalize(Z.float(), dim=1)
         Mq, logits = rectifier(Z, p, rectifier.Wr(model))
         seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel") for i in batch["index"].tolist()]
-        masks = gumbel_masks(logits, s.mask_temperature, gumbel_noise(logits.shape[1:], seeds, device))
-        loss = contrastive_loss(masked_pooling(masks, Mq), hypothesis[batch["index"].to(device)], s.tau)
+        noise = gumbel_noise(logits.shape[1:], seeds, device)
+        masks = gumbel_masks(logits, s.mask_temperature, noise)
+        present = hypothesis[batch["index"].to(device)]
+        loss = contrastive_loss(masked_pooling(masks, Mq), present, s.tau)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -683,7 +695,7 @@ def plain(s):
 def write_text(path, text):
     """Write a whole file under a temporary name, then rename it."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, "utf-8")
     os.replace(temporary, path)
 
 
@@ -713,7 +725,8 @@ class Progress:
         if now - self.shown > (0.3 if self.live else 5):
             self.shown = now
             left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
-            print(f"{self.title} {self.done}/{self.total}{text() if text else ''}  {clock(left)} left",
+            said = text() if text else ""
+            print(f"{self.title} {self.done}/{self.total}{said}  {clock(left)} left",
                   end="\x1b[K\r" if self.live else "\n", flush=True)
 
     def close(self):
@@ -761,12 +774,14 @@ class Log:
         self.steps, self.images = self.steps + 1, self.images + images
         if step % self.every == 0 or step == self.progress.total:
             seconds = time.monotonic() - self.start
-            row = dict(step=step, **{k: round(float(v) / self.steps, 6) for k, v in self.sums.items()},
-                       lr=lr, images_per_s=round(self.images / seconds, 2), waited_s=round(self.waited, 2))
+            row = dict(step=step, lr=lr, images_per_s=round(self.images / seconds, 2),
+                       waited_s=round(self.waited, 2))
+            row |= {name: round(float(v) / self.steps, 6) for name, v in self.sums.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             self.shown = "".join(f"  {name} {row[name]:.3f}" for name in self.sums)
-            self.shown += f"  lr {lr:.4f}  {row['images_per_s']:.0f} images/s  waited {self.waited:.0f} s"
+            self.shown += (f"  lr {lr:.4f}  {row['images_per_s']:.0f} images/s"
+                           f"  waited {self.waited:.0f} s")
             self.sums, self.steps, self.images = {}, 0, 0
             self.start, self.waited = time.monotonic(), 0.0
         self.progress.advance(1, lambda: self.shown)
@@ -909,13 +924,13 @@ def load_clip(source, activation="quick_gelu", device="cpu"):
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     if not hasattr(model.visual, "proj"):
-        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a ViT, "
-                        "for example ViT-B/16")
+        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a "
+                        "ViT, for example ViT-B/16")
     return model.float().to(device).eval().requires_grad_(False)
 
 
 def image_encoder(model, preset):
-    """The image encoder for dense features: CLIP's own; exact GELU in a copy for the paper's preset."""
+    """The encoder of dense features: CLIP's own, for the paper's preset with exact GELU."""
     if preset != "paper":
         return model.visual
     visual = copy.deepcopy(model.visual)
@@ -930,7 +945,7 @@ def preset_statistics(preset):
 
 
 def pick_device(name=None):
-    """CUDA, else MPS, else the CPU, if no name is given. Raises UserError for one that is not there."""
+    """CUDA, else MPS, else the CPU, unless named. Raises UserError for one that is not there."""
     if name is None:
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -959,9 +974,10 @@ def parse_arguments(argv):
     group = parser.add_argument_group("single values of the recipe (default: as published)")
     flag = group.add_argument
     flag("--clip", help="a name (ViT-B/16) or a file")
-    flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="that --clip was "
-         "trained with; a state dict does not tell")
-    flag("--surgery", choices=("program", "value"), help="keep residual and MLP of the last block, or not")
+    flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu",
+         help="that --clip was trained with; a state dict does not tell")
+    flag("--surgery", choices=("program", "value"), help="keep residual and MLP of the last block, "
+         "or not")
     flag("--hypothesis", choices=("crops", "global"))
     flag("--crop-ratio", type=float, help="r: side of a window relative to the image's")
     flag("--threshold", type=float, help="t, or for global on 100·cosine")
@@ -977,10 +993,10 @@ def parse_arguments(argv):
     flag("--pd", type=float, help="prompt denoising at test time: switch off classes below it")
     group = parser.add_argument_group("ablations: one part of the method changed")
     flag = group.add_argument
-    flag("--bias", choices=("independent", "joint", "reference", "none"), help="how it is extracted: as "
-         "in ReCLIP++, as in ReCLIP, as in ReCLIP without position, not at all")
+    flag("--bias", choices=("independent", "joint", "reference", "none"), help="how extracted: "
+         "as in ReCLIP++, as in ReCLIP, as in ReCLIP without position, not at all")
     flag("--decoder", action=argparse.BooleanOptionalAction)
-    flag("--add", dest="sign", action="store_const", const=1, help="add the bias instead of subtracting")
+    flag("--add", dest="sign", action="store_const", const=1, help="add the bias, not subtract it")
     return parser.parse_args(argv)
 
 
@@ -1010,7 +1026,8 @@ def check_values(s):
         value = getattr(s, key)
         if (min(value) if key == "scale" else value) < low:
             raise UserError(f"--{key} is {value}; expected {low} or more")
-    for key, high in dict(crop_ratio=1, tau=math.inf, mask_temperature=math.inf, lr=math.inf).items():
+    limits = dict(crop_ratio=1, tau=math.inf, mask_temperature=math.inf, lr=math.inf)
+    for key, high in limits.items():
         if not 0 < getattr(s, key) <= high:
             raise UserError(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected more than 0"
                             + f" and at most {high}" * (high < math.inf))

@@ -71,7 +71,8 @@ def zero_shot_accuracy(model, seed=12345, count=2000):
     words = torch.stack([F.normalize(model.encode_text(clip.tokenize(
         [template.format(name) for template in TEMPLATES])), dim=-1).mean(0) for name in SHAPES])
     features = model.encode_image(normalise(images))
-    return (features @ F.normalize(words, dim=-1).T).argmax(1).eq(classes[:, 0]).float().mean().item()
+    best = (features @ F.normalize(words, dim=-1).T).argmax(1)
+    return (best == classes[:, 0]).float().mean().item()
 
 
 def normalise(images):
@@ -150,8 +151,9 @@ def main(argv=None):
             step += 1
             if step % 20 == 0 or step == steps:
                 left = (time.time() - begin) / step * (steps - step)
-                print(f"\rstep {step}/{steps}  loss {loss.item():.3f}  scale "
-                      f"{model.logit_scale.exp().item():.1f}  {left:.0f} s left   ", end="", flush=True)
+                scale = model.logit_scale.exp().item()
+                print(f"\rstep {step}/{steps}  loss {loss.item():.3f}  scale {scale:.1f}  "
+                      f"{left:.0f} s left   ", end="", flush=True)
     # Id 0 is where the learned Reference prompt starts, so its row is kept although unseen.
     used = torch.cat([tokens.unique().long(), torch.zeros(1).long()]).unique()
     save(model, used, args.out)

@@ -372,7 +372,7 @@ def test_another_run_in_the_same_folder(demo, place, clip_file, capsys):
     short = ("--out", out, "--epochs", 2)
     for arguments, message in [
         ((*short, "--lr", 0.02), "made with other settings (lr 0.01 → 0.02)"),
-        ((*short, "--schedule", 40), "made with other settings (schedule 30 → 40)"),
+        ((*short, "--schedule", 40), "made with other settings (schedule 20 → 40)"),
         ((*short, "--seed", 1), "was made with other settings"),
         ((*short, "--clip", clip_file), "with another CLIP"),
         ((*short, "--crop-ratio", 0.25), "was made with other settings"),
@@ -389,6 +389,7 @@ def test_another_run_in_the_same_folder(demo, place, clip_file, capsys):
     (out / "hypotheses.jsonl").write_text(scores)
     (out / "reclip.pt").write_bytes(before[:5000])
     assert "reclip.pt is not a checkpoint" in error(capsys, reclip.main, *short)
+    (out / "reclip.pt").write_bytes(before)
     for damaged in ("", "{nonsense\n", scores[:-30] + "\n"):
         (out / "hypotheses.jsonl").write_text(damaged)
         assert "or is damaged; delete it" in error(capsys, reclip.main, *short)

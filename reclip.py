@@ -842,7 +842,7 @@ def open_rectified(path, device="cpu", source=None):
 
 
 def plain_maskclip(model, classes, settings):
-    """RectifiedCLIP that rectifies nothing: MaskCLIP with the given C class names, no checkpoint."""
+    """RectifiedCLIP that rectifies nothing: MaskCLIP with C class names, without a checkpoint."""
     Wq = query_features(model, classes)
     rectifier = Rectifier(model, classes, Wq, *METHODS["maskclip"])
     return RectifiedCLIP(model, rectifier, None, classes, settings)
@@ -856,10 +856,10 @@ AUTHORS_NAMES = {"text_encoder.prompt_token": "reference.prompt", "pe_proj": "po
 
 
 def renamed(state):
-    """What is learned of a state dict, or of gradients, in the authors' names → the same in ours."""
+    """What is learned of a state dict, or of gradients, from the authors' names to ours."""
     ours = {}
     for key, value in state.items():
-        old = next((old for old in AUTHORS_NAMES if key == old or key.startswith(old + ".")), None)
+        old = next((old for old in AUTHORS_NAMES if f"{key}.".startswith(f"{old}.")), None)
         if old is not None:
             ours[AUTHORS_NAMES[old] + key[len(old):]] = value.float()
     ours["reference.prompt"] = ours["reference.prompt"][0]
@@ -867,7 +867,7 @@ def renamed(state):
 
 
 def authors_state(path):
-    """The state dict of a rectification checkpoint of the authors' program; None for other files."""
+    """The state dict of a rectification checkpoint of the authors' program, else None."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -887,7 +887,7 @@ def from_authors(state, model, classes, Wq, settings):
 
     state: as `authors_state` gives it; model: a CLIP; classes: C names in the authors' order; Wq:
     C×D; settings: the recipe that belongs to `authors_method`. The prompt has the authors' length,
-    so a class name keeps three tokens with its end: one of three tokens or more loses its end token.
+    so a class name keeps three tokens with its end: one of three or more loses its end token.
     Raises UserError where the file is of another data set or another CLIP.
     """
     state, (method, _) = renamed(state), authors_method(state)

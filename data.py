@@ -793,11 +793,6 @@ def resize_to_scale(image, scale, ratio=1.0):
     return TF.resize(image, size, antialias=True)
 
 
-def evaluation_view(image, scale):
-    """The whole image at the scale of the recipe, undistorted: uint8 3×H×W -> uint8 3×h×w."""
-    return resize_to_scale(image, scale)
-
-
 def photometric_distortion(image):
     """Random brightness, contrast, saturation and hue, each with probability ½. uint8 3×H×W, same.
 

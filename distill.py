@@ -25,7 +25,7 @@ import evaluate
 from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, clean_exit,
                   draw_seed, normalise, open_dataset)
 from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, classify,
-                    contrastive_loss, dense_features, gumbel_masks, gumbel_noise, load_checkpoint,
+                    contrastive_loss, dense_features, gumbel_masks, gumbel_noise, load_checkpoint, make_folder,
                     make_hypotheses, masked_pooling, open_rectified, pick_device, plain,
                     resized_positions)
 
@@ -481,7 +481,7 @@ class ViewsWithGroundTruthVoid(TrainingViews):
 
 ALWAYS = dict(
     student="resnet50", backbone="imagenet", ratio=(0.5, 2.0), distort=True,
-    batch=16, optimizer="sgd", lr=0.01, weight_decay=5e-4, power=0.9, floor=1e-4,
+    batch=16, optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, power=0.9, floor=1e-4,
     weights=dict(mask=1.0, feature=0.5, text=0.5), tau=0.01, pd_temperature=0.1,  # 1, α, β
 )
 EPOCHS = {"voc": 100, "context": 150, "ade": 150, "cityscapes": 100, "stuff": 50}
@@ -517,7 +517,7 @@ def train(s, data, teacher, student, hypothesis, run, device):
     """
     learned = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if s.optimizer == "sgd":
-        optimizer = torch.optim.SGD(learned, s.lr, momentum=0.9, weight_decay=s.weight_decay)
+        optimizer = torch.optim.SGD(learned, s.lr, s.momentum, weight_decay=s.weight_decay)
     else:
         optimizer = torch.optim.AdamW(learned, s.lr, weight_decay=s.weight_decay)
     first = run.resume(optimizer)
@@ -561,7 +561,7 @@ def train(s, data, teacher, student, hypothesis, run, device):
         optimizer.step()
         log.step(step + 1, len(Z), lr=optimizer.param_groups[0]["lr"], loss=loss.detach(),
                  **{name: value.detach() for name, value in losses.items()})
-        if (step + 1) % batches.per_epoch == 0 or run.due():
+        if run.due((step + 1) % batches.per_epoch == 0):
             run.save(step + 1, optimizer)
     log.close()
     run.save(batches.total, optimizer, finished=True)
@@ -629,7 +629,7 @@ def settings_of(args, teacher):
     given = {key: value for key, value in vars(args).items() if value is not None and key != "clip"}
     if args.losses is not None:
         given["losses"] = [name.strip() for name in args.losses.split(",")]
-    inherited = dict(dataset=t.dataset, data_root=t.data_root, method=t.method, seed=t.seed,
+    inherited = dict(dataset=t.dataset, data_root=t.data_root, method=t.method, preset=t.preset, seed=t.seed,
                      student_seed=t.seed, workers=t.workers, mask_temperature=t.mask_temperature,
                      sign=t.sign, patch=teacher.patch, teacher_weights=digest(teacher),
                      ignore_below=None)
@@ -679,7 +679,7 @@ def main(argv=None):
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes, student of "
           f"{count / 1e6:.1f} M parameters → {s.out}/")
 
-    s.out.mkdir(parents=True, exist_ok=True)
+    make_folder(s.out)
     run = Run(s.out / "distill.pt", s, data.classes, teacher.model, student)
     hypothesis = None
     if "text" in s.losses and t.hypothesis != "none":
@@ -695,11 +695,12 @@ def main(argv=None):
 
 
 def show_beside_teacher(out, teacher, options):
-    """One line: mIoU of the teacher, evaluated now if it was not before, and of the student."""
+    """One line: mIoU of the teacher, evaluated unless it was in the same way, and of the student."""
     read = lambda path: json.loads(path.read_text()) if path.exists() else {}
+    alike = lambda r: r and r["split"] == "val" and not r["slide"] and not r["count_absent"]
     if not read(out / "results.json").get("distilled"):
         return  # there are no labels to compare with
-    if not read(teacher.parent / "results.json").get("maskclip"):
+    if not alike(read(teacher.parent / "results.json").get("maskclip")):
         evaluate.main(["--checkpoint", str(teacher), *options])
     results = read(teacher.parent / "results.json") | read(out / "results.json")
     names = [name for name in ("maskclip", "rectified", "distilled") if name in results]

@@ -25,9 +25,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette, draw_seed,
-                  evaluation_view, evenly, legend, list_folder, open_dataset, overlay,
-                  parse_classes, picture_sheet, read_image)
+from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette, draw_seed, evenly,
+                  legend, list_folder, open_dataset, overlay, parse_classes, picture_sheet,
+                  read_image, resize_to_scale)
 from reclip import (Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
                     load_checkpoint, load_clip, make_hypotheses, open_rectified, pick_device,
                     plain_maskclip, query_features, recipe, write_text)
@@ -42,7 +42,7 @@ def confusion_matrix(prediction, label, C):
     prediction, label: integer tensors of one shape; pixels whose label is not in 0…C-1 (void, 255)
     do not count.
     """
-    valid = label < C
+    valid = (label >= 0) & (label < C)
     pairs = label[valid].long() * C + prediction[valid].long()
     return pairs.bincount(minlength=C * C).reshape(C, C)
 
@@ -102,7 +102,7 @@ def distance_bins(label, objects, bins=BINS):
 def confusion_by_distance(prediction, label, nearest, C, bins=BINS):
     """A confusion matrix per bin of `distance_bins`, and one of pixels without object; summed up,
     they are the ordinary one. prediction, label, nearest: of one shape; int64 (bins+1)×C×C."""
-    valid = label < C
+    valid = (label >= 0) & (label < C)
     triples = (nearest[valid] * C + label[valid]) * C + prediction[valid]
     return triples.bincount(minlength=(bins + 1) * C * C).reshape(bins + 1, C, C)
 
@@ -271,22 +271,27 @@ class Labelled(torch.utils.data.Dataset):
         return len(self.data)
 
     def __getitem__(self, i):
-        view, label = evaluation_view(self.data.image(i), self.scale), self.data.label(i)
+        view, label = resize_to_scale(self.data.image(i), self.scale), self.data.label(i)
         if not self.bins:
-            return view, label
+            return view, label.to(torch.uint8)
         return view, label, distance_bins(label, self.data.objects(i), self.bins)
 
 
 def grouped_by_size(items, batch):
-    """Collect tuples of tensors (view, label, …) into batches of which each part is of one size."""
-    groups = {}
+    """Collect tuples of tensors (view, label, …) into batches of which each part is of one size.
+
+    At most 4·batch items wait for others of their size: beyond, the largest group goes as it is.
+    """
+    groups, waiting = {}, 0
     for item in items:
         group = groups.setdefault(tuple(part.shape for part in item), [])
         group.append(item)
-        if len(group) == batch:
-            yield [torch.stack(part) for part in zip(*group)]
-            group.clear()
-    yield from ([torch.stack(part) for part in zip(*group)] for group in groups.values() if group)
+        waiting += 1
+        if len(group) == batch or waiting == 4 * batch:
+            full = groups.pop(max(groups, key=lambda size: len(groups[size])))
+            waiting -= len(full)
+            yield [torch.stack(part) for part in zip(*full)]
+    yield from ([torch.stack(part) for part in zip(*group)] for group in groups.values())
 
 
 def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
@@ -422,7 +427,7 @@ def comparison(segmenters, data, device, count=5):
         image, label = data.image(i), data.label(i)
         maps = [label]
         for segment in segmenters:
-            view = evaluation_view(image, segment.settings.scale)[None].to(device)
+            view = resize_to_scale(image, segment.settings.scale)[None].to(device)
             predictions = segment(view, label.shape).values()
             maps += [p[0].cpu().where(label != VOID, VOID) for p in predictions]
         present |= set(torch.stack(maps).unique().tolist()) - {VOID}
@@ -444,7 +449,7 @@ def heatmaps(segment, data, device, count=3, looked_at=24, cell=100):
     found = []
     for i in evenly(len(data), looked_at):
         label = data.label(i)
-        view = evaluation_view(data.image(i), segment.settings.scale)[None].to(device)
+        view = resize_to_scale(data.image(i), segment.settings.scale)[None].to(device)
         mask = segment(view, label.shape)["maskclip"][0].cpu()
         confusion = confusion_matrix(mask, label, len(data.classes)).double()
         wrong = (confusion / confusion.sum().clamp(min=1)).fill_diagonal_(0)
@@ -461,7 +466,7 @@ def heatmaps(segment, data, device, count=3, looked_at=24, cell=100):
 def heatmap_block(segment, data, i, pair, device, cell):
     """One image's part of `heatmaps`: pictures in the first column, two classes beside them."""
     image, label, network = data.image(i), data.label(i), segment.network
-    view = evaluation_view(image, segment.settings.scale)[None].to(device)
+    view = resize_to_scale(image, segment.settings.scale)[None].to(device)
     Z, p = network.features(view, segment.amp)
     Mq, final = network.rectifier(Z, p, network.Wr)
     Mb = network.rectifier.bias(Z, p, network.Wr).expand_as(Mq)
@@ -677,7 +682,7 @@ class Photos(torch.utils.data.Dataset):
             image = read_image(self.files[i])
         except UserError as error:
             return str(error)
-        return image, evaluation_view(image, self.scale)
+        return image, resize_to_scale(image, self.scale)
 
 
 def safe_name(path, used):
@@ -837,6 +842,11 @@ def check_arguments(args):
     for option, values in (("batch", [args.batch]), ("slide", args.slide or [1])):
         if min(values) < 1:
             raise UserError(f"--{option} is {min(values)}; expected 1 or more")
+    if args.slide and args.slide[1] > args.slide[0]:
+        raise UserError(f"--slide: a stride of {args.slide[1]} leaves gaps between windows of "
+                        f"{args.slide[0]}; expected at most that")
+    if args.pd is not None and not 0 <= args.pd <= 1:
+        raise UserError(f"--pd is {args.pd}; expected 0 to 1")
     if args.images and (args.bias or args.figures or args.linear_probe):
         raise UserError("--images predicts; --bias, --figures and --linear-probe evaluate: one of "
                         "the two at a time")

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from torchvision.transforms.v2 import functional as TF
 
 import clip
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
-                  TrainingViews, UserError, clean_exit, download, draw_seed, evaluation_view,
-                  normalise, open_dataset, parse_classes)
+                  TrainingViews, UserError, clean_exit, download, draw_seed, normalise, open_dataset,
+                  parse_classes, resize_to_scale)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -126,7 +127,8 @@ def query_features(model, classes, templates=TEMPLATES, batch=512):
         features[rows] = F.normalize(model.encode_text(part).float(), dim=-1).cpu()
         progress.advance(len(rows))
     progress.close()
-    return F.normalize(features.unflatten(0, (len(classes), -1)).mean(1), dim=-1)
+    Wq = F.normalize(features.unflatten(0, (len(classes), -1)).mean(1), dim=-1)
+    return Wq.to(model.text_projection.device)
 
 
 def classify(Z, W):
@@ -434,6 +436,7 @@ def make_hypotheses(data, model, Wq, s, path, device):
     crops, part = s.hypothesis == "crops", Path(f"{path}.part")
     header = dict(hypothesis=s.hypothesis, data=data.name, classes=data.classes,
                   seed=s.seed if data.name == "shapes" else 0, clip=fingerprint(model),
+                  activation=s.activation,
                   view=s.crop_ratio if crops else list(s.scale))
     known = {}
     for file in (path, part):
@@ -449,7 +452,10 @@ def make_hypotheses(data, model, Wq, s, path, device):
         progress = Progress("hypotheses", len(data), len(data) - len(missing))
         with open(part, "a", encoding="utf-8") as file:
             for index, image in loader:
-                scores = image_scores(image.to(device), model, Wq, s)
+                image = image.to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+                    scores = (crop_votes(model, image, Wq, s.crop_ratio) if crops else
+                              global_scores(model, image, Wq, s.scale)).tolist()
                 known[data.ids[index]] = scores
                 file.write(line(dict(id=data.ids[index], scores=scores)))
                 file.flush()
@@ -475,18 +481,22 @@ def read_scores(file, header):
     return {row["id"]: row["scores"] for row in rows}
 
 
-def image_scores(image, model, Wq, s):
-    """A list of C numbers: crops won by each class, or 100·cosine of the whole image to each."""
-    side = model.visual.input_resolution
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=s.amp):
-        if s.hypothesis == "global":
-            view = evaluation_view(image, s.scale)[None]
-            feature = global_feature(model.visual, normalise(view, CLIP_MEAN, CLIP_STD))
-            return (100 * feature.float() @ Wq.T)[0].tolist()
-        crops = normalise(cut_crops(image, s.crop_ratio, side), CLIP_MEAN, CLIP_STD)
-        features = torch.cat([model.encode_image(part) for part in crops.split(256)])
+def crop_votes(model, image, Wq, r):
+    """How many crops of an image each class wins (Sec. III-D): uint8 3×H×W → int64 C.
+
+    model: a CLIP; Wq: C×D; r: side of a crop relative to the image's.
+    """
+    crops = cut_crops(image, r, model.visual.input_resolution)
+    features = torch.cat([model.encode_image(normalise(part, CLIP_MEAN, CLIP_STD))
+                          for part in crops.split(256)])
     # argmax needs no unit length: it is the same for every class
-    return (features.float() @ Wq.T).argmax(1).bincount(minlength=len(Wq)).tolist()
+    return (features.float() @ Wq.T).argmax(1).bincount(minlength=len(Wq))
+
+
+def global_scores(model, image, Wq, scale):
+    """100·cosine of a whole image to each class (ReCLIP): uint8 3×H×W → C. scale: as in `recipe`."""
+    view = normalise(resize_to_scale(image, scale)[None], CLIP_MEAN, CLIP_STD)
+    return 100 * (global_feature(model.visual, view).float() @ Wq.T)[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -530,7 +540,8 @@ def recipe(dataset, preset="release", method="reclip++", hypothesis=None):
     s["hypothesis"] = hypothesis or {"reclip++": "crops", "reclip": "global"}.get(method, "none")
     s["threshold"], s["top"] = GLOBAL[row] if s["hypothesis"] == "global" else (
         {"voc": 0.07, "cityscapes": 0.07, "shapes": 0.12}.get(row, 0.0), 0)
-    s["mask_temperature"] = 0.1 if row == "shapes" else {"reclip": 0.001}.get(method, 0.01)  # τ1
+    # τ1. The demo's is softer: with 0.01 its masks are so sharp that a class now and then dies.
+    s["mask_temperature"] = {"reclip": 0.001}.get(method, 0.01) * (100 if row == "shapes" else 1)
     s["pd_temperature"] = {"reclip": 0.01}.get(method, 0.1)
     if method != "reclip++" and row != "shapes":
         s["pd"] = {"maskclip": None, "reclip": 0.6 if row == "context" else 0.5}[method]
@@ -557,7 +568,10 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     batches = Batches(len(data), s.batch, s.epochs, s.seed, first)
     loader = torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=s.workers,
                                          pin_memory=device.type == "cuda")
-    grid = -(-s.crop // visual.conv1.weight.shape[-1])
+    patch = visual.conv1.stride[0]
+    grid = -(-s.crop // patch)
+    if grid == 1:
+        raise UserError(f"--crop {s.crop} is a single patch; expected more than {patch}")
     p = resized_positions(visual, grid, grid)
     hypothesis = hypothesis.to(device)
     rectifier.train()
@@ -582,7 +596,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
         loss.backward()
         optimizer.step()
         log.step(step + 1, len(seeds), lr=optimizer.param_groups[0]["lr"], loss=loss.detach())
-        if (step + 1) % batches.per_epoch == 0 or run.due():
+        if run.due((step + 1) % batches.per_epoch == 0):
             run.save(step + 1, optimizer)
     log.close()
     run.save(batches.total, optimizer, finished=True)
@@ -619,17 +633,19 @@ class Run:
     Raises UserError where the folder holds the checkpoint of other settings.
     """
 
-    def __init__(self, path, s, classes, model, learner, every=120):
+    def __init__(self, path, s, classes, model, learner):
         self.path, self.model, self.learner = path, model, learner
         self.facts = dict(kind=path.stem, settings=plain(s), classes=list(classes),
                           clip=fingerprint(model))
-        self.every, self.saved = every, time.monotonic()
+        self.saved = time.monotonic()
         if path.exists():
             check_same_run(load_checkpoint(path), self.facts, path)
 
-    def due(self):
-        """Whether `every` seconds have passed since the last save."""
-        return time.monotonic() - self.saved > self.every
+    def due(self, epoch_ends):
+        """Whether to save now: two minutes after the last time, at the end of an epoch after ten
+        seconds. Where a run is saved changes nothing in its result.
+        """
+        return time.monotonic() - self.saved > (10 if epoch_ends else 120)
 
     def save(self, step, optimizer=None, finished=False):
         """Write to a temporary file and rename it, so that the file is always whole."""
@@ -684,12 +700,23 @@ def check_same_run(checkpoint, facts, path):
                         "delete the folder, or choose another one with --out")
 
 
-MACHINE = {"device", "workers", "amp", "data_root", "out", "download"}  # may change when resuming
+# What may change when resuming: where things are. Weights are told apart by their fingerprints.
+MACHINE = {"device", "workers", "amp", "data_root", "out", "download", "clip", "teacher"}
 
 
 def plain(s):
     """Settings as plain values."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
+
+
+def make_folder(path):
+    """Make a run's folder. Raises UserError where it cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from None
 
 
 def write_text(path, text):
@@ -753,8 +780,10 @@ class Log:
         self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
         self.start, self.shown = time.monotonic(), ""
         # A run that was interrupted after its last checkpoint repeats those steps, and their lines.
-        old = path.read_text().splitlines() if path.exists() else []
-        write_text(path, "".join(line + "\n" for line in old if json.loads(line)["step"] <= first))
+        # A line without its end was being written when the run was stopped.
+        old = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in old if line.endswith("\n")]
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= first))
 
     def timed(self, loader):
         """Iterate, counting the seconds spent waiting for data."""
@@ -926,6 +955,9 @@ def load_clip(source, activation="quick_gelu", device="cpu"):
     if not hasattr(model.visual, "proj"):
         raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a "
                         "ViT, for example ViT-B/16")
+    if model.vocab_size != 49408 or model.context_length != 77:
+        raise UserError(f"{source} has a vocabulary of {model.vocab_size} and a context of "
+                        f"{model.context_length} tokens; expected OpenAI's 49408 and 77")
     return model.float().to(device).eval().requires_grad_(False)
 
 
@@ -1026,11 +1058,14 @@ def check_values(s):
         value = getattr(s, key)
         if (min(value) if key == "scale" else value) < low:
             raise UserError(f"--{key} is {value}; expected {low} or more")
-    limits = dict(crop_ratio=1, tau=math.inf, mask_temperature=math.inf, lr=math.inf)
-    for key, high in limits.items():
-        if not 0 < getattr(s, key) <= high:
-            raise UserError(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected more than 0"
-                            + f" and at most {high}" * (high < math.inf))
+    for key in ("tau", "mask_temperature", "lr"):
+        if not 0 < getattr(s, key) < math.inf:
+            raise UserError(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected more than 0")
+    for key, low, high in (("crop_ratio", 0.02, 1), ("pd", 0, 1),
+                           ("threshold", 0, 1 if s.hypothesis == "crops" else 100)):
+        value = getattr(s, key)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{key.replace('_', '-')} is {value}; expected {low} to {high}")
 
 
 @clean_exit
@@ -1049,9 +1084,9 @@ def main(argv=None):
     print("  ".join(f"{key}={value}" for key, value in plain(s).items() if key != "classes"))
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes → {s.out}/")
 
-    s.out.mkdir(parents=True, exist_ok=True)
+    make_folder(s.out)
     torch.manual_seed(s.seed)
-    Wq = query_features(model, data.classes).to(device)
+    Wq = query_features(model, data.classes)
     rectifier = Rectifier(model, data.classes, Wq, s.bias, s.decoder, s.sign).to(device)
     run = Run(s.out / "reclip.pt", s, data.classes, model, rectifier)
     if s.bias == "none" and not s.decoder:  # MaskCLIP has nothing to learn

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 import clip
 from clip.model import CLIP
-from data import CLIP_MEAN, CLIP_STD, COLOURS, SHAPES, TEMPLATES, WEB, draw_seed, draw_shapes
+from data import (CLIP_MEAN, CLIP_STD, COLOURS, SHAPES, TEMPLATES, WEB, draw_seed, draw_shapes,
+                  normalise)
 
 ARCHITECTURE = dict(embed_dim=64, image_resolution=48, vision_layers=3, vision_width=96,
                     vision_patch_size=8, vision_heads=3, context_length=77, vocab_size=49408,
@@ -70,15 +71,9 @@ def zero_shot_accuracy(model, seed=12345, count=2000):
     images, _, classes, *_ = draw_shapes(seeds, **{**WEB, "objects": 1})
     words = torch.stack([F.normalize(model.encode_text(clip.tokenize(
         [template.format(name) for template in TEMPLATES])), dim=-1).mean(0) for name in SHAPES])
-    features = model.encode_image(normalise(images))
+    features = model.encode_image(normalise(images, CLIP_MEAN, CLIP_STD))
     best = (features @ F.normalize(words, dim=-1).T).argmax(1)
     return (best == classes[:, 0]).float().mean().item()
-
-
-def normalise(images):
-    """uint8 B×3×H×W → float32 with CLIP's mean and standard deviation."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-    return (images / 255 - mean) / std
 
 
 def save(model, used, path):
@@ -134,7 +129,7 @@ def main(argv=None):
     for epoch in range(args.epochs):
         order = torch.randperm(args.pairs, generator=generator)
         for batch in order[: args.pairs // args.batch * args.batch].split(args.batch):
-            pictures = normalise(images[batch])
+            pictures = normalise(images[batch], CLIP_MEAN, CLIP_STD)
             if torch.rand((), generator=generator) < 0.5:
                 pictures = pictures.flip(-1)
             z = F.normalize(encode_half(model.visual, pictures, generator), dim=-1)

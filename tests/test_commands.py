@@ -194,6 +194,8 @@ def test_two_and_two_steps_are_four(demo, monkeypatch, where):
             patch.setattr(reclip, "Log", functools.partial(Stopped, every=1))
         else:
             patch.setattr(reclip.Run, "save", save_and_stop)
+        # as if an epoch took longer than ten seconds
+        patch.setattr(reclip.Run, "due", lambda run, epoch_ends: epoch_ends)
         with pytest.raises(KeyboardInterrupt):
             demo(out="parts")
     half = learned(whole.with_name("parts"))

@@ -345,10 +345,10 @@ def test_resize_to_scale(height, width, scale, ratio, expected):
     assert tuple(data.resize_to_scale(image, scale, ratio).shape[1:]) == expected
 
 
-def test_evaluation_view_is_antialiased():
+def test_resize_to_scale_is_antialiased():
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
-    small = data.evaluation_view(stripes, (16, 16))
+    small = data.resize_to_scale(stripes, (16, 16))
     assert small.dtype == torch.uint8 and (small.float() - 127.5).abs().max() < 20
 
 

@@ -301,6 +301,8 @@ def test_interrupted_and_resumed_is_uninterrupted(teachers, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(reclip.Log, "step", interrupt)
+        # as if an epoch took longer than ten seconds
+        patch.setattr(reclip.Run, "due", lambda run, epoch_ends: epoch_ends)
         with pytest.raises(KeyboardInterrupt):
             run(teachers["reclip++"], tmp_path / "parts", *options)
     assert torch.load(tmp_path / "parts" / "distill.pt", weights_only=True)["step"] == 3

@@ -209,7 +209,7 @@ def test_every_image_counts_once_whatever_the_sizes(batch):
     expected = {name: torch.zeros(4, 4, dtype=torch.int64) for name in ("one", "zero")}
     for i in range(len(pictures)):
         label = pictures.label(i)
-        view = data.evaluation_view(pictures.image(i), (60, 20))[None]
+        view = data.resize_to_scale(pictures.image(i), (60, 20))[None]
         for name, prediction in by_brightness(view, label.shape).items():
             expected[name] += confusion_by_loop(prediction, label, 4)
     actual = evaluate.evaluate(by_brightness, pictures, (60, 20), torch.device("cpu"), batch)

@@ -84,7 +84,7 @@ def test_masks_are_those_of_the_network(predict, trained_demo):
     predict("a.png")
     image = data.read_image("a.png")
     segment = evaluate.Segmenter(trained_demo / "reclip.pt")
-    expected = segment(data.evaluation_view(image, (96, 96))[None], (96, 96))
+    expected = segment(data.resize_to_scale(image, (96, 96))[None], (96, 96))
     mask = lambda: torch.from_numpy(np.array(Image.open("out/masks/a.png"))).long()
     assert torch.equal(mask(), expected["rectified"][0])
     rows = predict("a.png", "--method", "maskclip")

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
 
 import clip
 import data
@@ -266,11 +267,12 @@ def demo(small_demo, tiny_clip, tmp_path, monkeypatch):
     """make(**changed settings) → hypotheses of the small demo; make.encoded: ids so far."""
     images = data.open_dataset("shapes")
     Wq = query_features(tiny_clip, images.classes, ["a photo of a {}."])
-    scores, read = reclip.image_scores, images.image
+    read = images.image
 
     def make(**changes):
-        s = dict(amp=False, workers=0, seed=0) | reclip.recipe("shapes") | changes
-        return make_hypotheses(images, tiny_clip, Wq, argparse.Namespace(**s), make.path, "cpu")
+        s = dict(amp=False, workers=0, seed=0, activation="quick_gelu") | reclip.recipe("shapes")
+        return make_hypotheses(images, tiny_clip, Wq, argparse.Namespace(**s | changes), make.path,
+                               torch.device("cpu"))
 
     def image(index):
         make.encoded.append(images.ids[index])
@@ -280,8 +282,7 @@ def demo(small_demo, tiny_clip, tmp_path, monkeypatch):
 
     monkeypatch.setattr(images, "image", image)
     make.images, make.path = images, tmp_path / "hypotheses.jsonl"
-    make.encoded, make.limit, make.device = [], 999, "cpu"
-    make.scores = lambda i, s: scores(read(i), tiny_clip, Wq, s)
+    make.encoded, make.limit = [], 999
     return make
 
 
@@ -333,13 +334,26 @@ def test_interrupted_hypotheses_go_on(demo):
     assert demo.path.read_text() == whole and not part.exists()
 
 
-def test_global_scores_are_cosines(demo, tiny_clip):
-    s = argparse.Namespace(**reclip.recipe("shapes", hypothesis="global"), amp=False)
-    image = reclip.evaluation_view(demo.images.drawn[0][3], s.scale)
-    view = data.normalise(image[None], data.CLIP_MEAN, data.CLIP_STD)
-    Wq = query_features(tiny_clip, demo.images.classes, ["a photo of a {}."])
+def test_global_scores_are_cosines(tiny_clip):
+    images, scale = data.open_dataset("shapes"), (96, 96)
+    view = data.resize_to_scale(images.image(3), scale)[None]
+    view = data.normalise(view, data.CLIP_MEAN, data.CLIP_STD)
+    Wq = query_features(tiny_clip, images.classes, ["a photo of a {}."])
     expected = 100 * torch.cosine_similarity(global_feature(tiny_clip.visual, view), Wq)
-    torch.testing.assert_close(torch.tensor(demo.scores(3, s)), expected, atol=1e-3, rtol=0)
+    scores = reclip.global_scores(tiny_clip, images.image(3), Wq, scale)
+    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
+
+
+def test_crop_votes_one_at_a_time(tiny_clip):
+    image = data.open_dataset("shapes").image(3)
+    Wq = query_features(tiny_clip, list(data.SHAPES), ["a photo of a {}."])
+    votes = torch.zeros(10, dtype=torch.long)
+    for top, left, height, width in crop_windows(96, 96, 1 / 3):
+        crop = image[:, top : top + height, left : left + width][None]
+        view = TF.resize(crop, 48, TF.InterpolationMode.BICUBIC, antialias=True)
+        feature = tiny_clip.encode_image(data.normalise(view, data.CLIP_MEAN, data.CLIP_STD))
+        votes[(feature @ Wq.T).argmax()] += 1
+    assert torch.equal(reclip.crop_votes(tiny_clip, image, Wq, 1 / 3), votes) and votes.sum() == 25
 
 
 # ---- Recipes and training ----------------------------------------------------------------------

@@ -1140,9 +1140,9 @@ def contact_sheet(data, count=12):
             label = data.label(i)
             pictures.append(overlay(image, label, data.palette))
             present |= set(label.unique().tolist()) - {VOID}
-    while len(pictures) % 6:
-        pictures.append(torch.full_like(pictures[0], 255))
-    rows = [pictures[i : i + 6] for i in range(0, len(pictures), 6)]
+    columns = min(6, len(pictures))
+    pictures += [torch.full_like(pictures[0], 255)] * (-len(pictures) % columns)
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     return picture_sheet(rows, [], present, data.classes, data.palette)
 
 

@@ -1,0 +1,55 @@
+"""README's commands: they exist, and those of the demo run as written, at a small size."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import data
+import distill
+import evaluate
+import reclip
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
+MAINS = {"data.py": data.main, "reclip.py": reclip.main, "distill.py": distill.main,
+         "evaluate.py": evaluate.main}
+
+
+def commands():
+    """Every command in README that starts with `python SCRIPT`, as a list of words."""
+    blocks = [line.strip() for block in re.findall(r"```\n(.*?)```", README, re.S)
+              for line in block.splitlines()]
+    found = [line for line in blocks + re.findall(r"`(python [^`]*)`", README.replace("\n", " "))
+             if line.startswith("python ") and line.split()[1] in MAINS]
+    return [shlex.split(line.replace("$seed", "0"), comments=True)[1:] for line in found]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_flags_exist(words, capsys):
+    with pytest.raises(SystemExit):
+        MAINS[words[0]](["--help"])
+    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_demo_commands_run(small_demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scale, crop, _, _, *rest = reclip.DEMO
+    monkeypatch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
+    monkeypatch.setitem(distill.DEMO, "epochs", 1)
+    outside = ("voc", "context", "folder", "--images", "FILE", "NAME")  # need data or weights
+    of_demo = [words for words in commands()
+               if not any(part in word for part in (*outside, "runs/mine") for word in words)]
+    assert len(of_demo) >= 12
+    for words in of_demo:
+        MAINS[words[0]](words[1:])
+    said = capsys.readouterr().out
+    assert said.count("mIoU") >= 10 and "precision" in said
+    assert (tmp_path / "runs/shapes/comparison.png").exists()
+
+
+def test_pictures_are_there():
+    root = Path(__file__).resolve().parents[1]
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", README):
+        assert (root / name).stat().st_size > 1000, name

@@ -183,37 +183,51 @@ def encode_shared_prefix(model, prefix, suffix):
     out at the largest id of its ending, which is the end token. Returns C×D, not normalised.
     """
     P, (C, S) = len(prefix), suffix.shape
-    end = suffix.argmax(1)
-    x = (prefix + model.positional_embedding[:P])[None]  # 1×P×width, for all texts
-    y = model.token_embedding(suffix) + model.positional_embedding[P : P + S]  # C×S×width
-    visible = torch.ones(S, S, dtype=torch.bool, device=suffix.device).tril()
+    # The endings are packed: y holds the N tokens up to each end token, and `slot` their places in
+    # the C·S of the padded table, which only attention within an ending needs.
+    used = torch.arange(S, device=suffix.device) <= suffix.argmax(1, keepdim=True)
+    slot, last_token = used.flatten().nonzero()[:, 0], used.sum(1).cumsum(0) - 1
+    x = prefix + model.positional_embedding[:P]  # P×width, for all texts
+    y = (model.token_embedding(suffix) + model.positional_embedding[P : P + S])[used]  # N×width
     *blocks, last = model.transformer.resblocks
     for block in blocks:
-        shared, own = block.attn.project(block.ln_1(x)), block.attn.project(block.ln_1(y))
-        y = y + attend_to_shared(block.attn, own[0], *shared[1:], *own[1:], visible)
+        shared, own = project(block, x), project(block, y)
+        y = y + attend_to_shared(block.attn, own[0], slot, *shared[1:], *own[1:], slot, used)
         y = y + block.mlp(block.ln_2(y))
-        x = x + block.attn.mix(*shared)
+        x = x + block.attn.mix(*(part[None] for part in shared))[0]
         x = x + block.mlp(block.ln_2(x))
     # Of the last block only the outputs at the end tokens matter.
-    (_, *shared), (q, *own) = last.attn.project(last.ln_1(x)), last.attn.project(last.ln_1(y))
-    texts = torch.arange(C, device=suffix.device)
-    y, q = y[texts, end][:, None], q[texts, :, end][:, :, None]
-    y = y + attend_to_shared(last.attn, q, *shared, *own, visible[end][:, None, None])
+    (_, *shared), (q, *own) = project(last, x), project(last, y)
+    y, q, ends = y[last_token], q[:, last_token], slot[last_token]
+    y = y + attend_to_shared(last.attn, q, ends, *shared, *own, slot, used)
     y = y + last.mlp(last.ln_2(y))
-    return model.ln_final(y[:, 0]) @ model.text_projection
+    return model.ln_final(y) @ model.text_projection
 
 
-def attend_to_shared(attention, q, shared_k, shared_v, k, v, visible):
-    """Attention of C×heads×s queries over 1×heads×P shared and C×heads×S own keys; C×s×width."""
-    C, heads, s, d = q.shape
-    P = shared_k.shape[2]
-    fold = q.transpose(0, 1).flatten(1, 2)  # heads×(C·s)×d: one product with the shared keys
-    before = (fold @ shared_k[0].mT).unflatten(1, (C, s)).transpose(0, 1)
-    after = (q @ k.mT).masked_fill(~visible, -torch.inf)
-    weights = (torch.cat([before, after], -1) * d**-0.5).softmax(-1)
-    fold = weights[..., :P].transpose(0, 1).flatten(1, 2) @ shared_v[0]
-    mixed = fold.unflatten(1, (C, s)).transpose(0, 1) + weights[..., P:] @ v
-    return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+def project(block, x):
+    """Queries, keys and values of a sequence: n×width → three of heads×n×d."""
+    return [part[0] for part in block.attn.project(block.ln_1(x)[None])]
+
+
+def attend_to_shared(attention, q, q_slot, shared_k, shared_v, k, v, slot, used):
+    """Attention of packed tokens over a shared beginning and, causally, over their own ending.
+
+    q: heads×M×d at the places q_slot of the padded C×S table `used`; shared_k, shared_v:
+    heads×P×d; k, v: heads×N×d at the places slot. Returns M×width.
+    """
+    (C, S), P, d = used.shape, shared_k.shape[1], q.shape[2]
+
+    def pad(part, place):  # heads×M×… → heads×C×S×…, zeros where no token is
+        table = part.new_zeros(len(part), C * S, part.shape[2])
+        return table.index_copy(1, place, part).unflatten(1, (C, S))
+
+    later = torch.ones(S, S, dtype=torch.bool, device=used.device).triu(1)
+    own = (pad(q, q_slot) @ pad(k, slot).mT).masked_fill(later, -torch.inf)  # heads×C×S×S
+    scores = torch.cat([q @ shared_k.mT, own.flatten(1, 2)[:, q_slot]], -1)  # heads×M×(P+S)
+    weights = (scores * d**-0.5).softmax(-1)
+    own = pad(weights[..., P:], q_slot) @ pad(v, slot)
+    mixed = weights[..., :P] @ shared_v + own.flatten(1, 2)[:, q_slot]
+    return attention.out_proj(mixed.transpose(0, 1).flatten(1))
 
 
 class PositionProjection(nn.Conv2d):

@@ -586,6 +586,7 @@ def make_student(s, teacher, device):
 
 
 def parse_arguments(argv):
+    """The command line as a namespace; what is not given is None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--teacher", type=Path, help="a checkpoint of reclip.py (default: the newest rectified "

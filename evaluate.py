@@ -794,6 +794,7 @@ def open_network(args, path, device):
 
 
 def parse_arguments(argv):
+    """The command line as a namespace; what is not given is None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--checkpoint", type=Path, help="default: the newest under runs/")

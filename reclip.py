@@ -1003,6 +1003,7 @@ def pick_device(name=None):
 
 
 def parse_arguments(argv):
+    """The command line as a namespace; what is not given is None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--dataset", default="shapes", help="voc, context, ade, cityscapes, stuff, folder, or "

@@ -426,6 +426,7 @@ def infer_sizes(state):
 
 
 def infer_vit(shapes):
+    """The sizes of a VisionTransformer, from {name: shape}."""
     width, _, _, patch = shapes["visual.conv1.weight"]
     grid = math.isqrt(shapes["visual.positional_embedding"][0] - 1)
     return dict(image_resolution=grid * patch, vision_width=width, vision_patch_size=patch,
@@ -433,6 +434,7 @@ def infer_vit(shapes):
 
 
 def infer_resnet(shapes):
+    """The sizes of a ModifiedResNet, from {name: shape}."""
     grid = math.isqrt(shapes["visual.attnpool.positional_embedding"][0] - 1)
     return dict(image_resolution=32 * grid, vision_width=shapes["visual.conv3.weight"][0],
                 vision_patch_size=None,

@@ -851,10 +851,15 @@ def normalise(images, mean, std, sizes=None):
     for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: no copies to the device
         out[:, channel].div_(255).sub_(m).div_(s)
     if sizes is not None:
-        rows = torch.arange(out.shape[2], device=out.device)[None, :] >= sizes[:, :1]  # B×H
-        columns = torch.arange(out.shape[3], device=out.device)[None, :] >= sizes[:, 1:]  # B×W
-        out.masked_fill_((rows[:, :, None] | columns[:, None, :])[:, None], 0)
+        out.masked_fill_(padding(sizes, *out.shape[2:])[:, None], 0)
     return out
+
+
+def padding(sizes, H, W):
+    """Where views are padding: sizes B×2, (h, w) of what is not → bool B×H×W, on their device."""
+    rows = torch.arange(H, device=sizes.device) >= sizes[:, :1]  # B×H
+    columns = torch.arange(W, device=sizes.device) >= sizes[:, 1:]  # B×W
+    return rows[:, :, None] | columns[:, None, :]
 
 
 def draw_seed(*parts):

@@ -23,9 +23,9 @@ from torch import nn
 
 import evaluate
 from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, clean_exit,
-                  draw_seed, normalise, open_dataset)
-from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, classify,
-                    contrastive_loss, dense_features, gumbel_masks, gumbel_noise, load_checkpoint, make_folder,
+                  draw_seed, normalise, open_dataset, padding)
+from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, classify, contrastive_loss,
+                    dense_features, gumbel_masks, gumbel_noise, load_checkpoint, make_folder,
                     make_hypotheses, masked_pooling, open_rectified, pick_device, plain,
                     resized_positions)
 
@@ -444,8 +444,7 @@ def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None,
     _, logits = teacher.rectifier(F.normalize(features, dim=1), p, teacher.Wr)
     logits = evaluate.prompt_denoising(logits, pd, pd_temperature)
     labels = evaluate.label_map(logits, padded, size, size)
-    rows, columns = (torch.arange(side, device=labels.device) for side in size)
-    outside = (rows >= sizes[:, :1])[:, :, None] | (columns >= sizes[:, 1:])[:, None]
+    outside = padding(sizes, *size)
     if ignore_below is not None:
         confidence = (logits / pd_temperature).softmax(1).amax(1)
         outside |= upsample(confidence, padded)[:, : size[0], : size[1]] < ignore_below

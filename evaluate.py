@@ -396,6 +396,7 @@ SCALE = torch.tensor([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98),
 
 
 def font(size):
+    """Pillow's own font, `size` pixels high."""
     return ImageFont.load_default(size)
 
 

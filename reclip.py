@@ -652,8 +652,9 @@ class Run:
         self.facts = dict(kind=path.stem, settings=plain(s), classes=list(classes),
                           clip=fingerprint(model))
         self.saved = time.monotonic()
-        if path.exists():
-            check_same_run(load_checkpoint(path), self.facts, path)
+        self.previous = load_checkpoint(path) if path.exists() else None  # until it is resumed
+        if self.previous:
+            check_same_run(self.previous, self.facts, path)
 
     def due(self, epoch_ends):
         """Whether to save now: two minutes after the last time, at the end of an epoch after ten
@@ -672,9 +673,9 @@ class Run:
 
     def resume(self, optimizer):
         """Load the checkpoint, if there is one, and return the step to go on from."""
-        if not self.path.exists():
+        checkpoint, self.previous = self.previous, None
+        if checkpoint is None:
             return 0
-        checkpoint = load_checkpoint(self.path)
         self.learner.load_state_dict(checkpoint["state"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["step"]

@@ -11,7 +11,6 @@ from PIL import Image
 
 import data
 import distill
-import evaluate
 import reclip
 from data import VOID, UserError
 from test_golden import golden

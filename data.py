@@ -13,6 +13,7 @@ open ground truth; training never calls them.
 """
 
 import argparse
+import errno
 import functools
 import hashlib
 import http.client
@@ -54,6 +55,16 @@ def clean_exit(main):
             line = " ".join(str(error).split("UserError: ")[-1].split())
             print(f"error: {line}", file=sys.stderr)
             raise SystemExit(2) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            where = f" {error.filename}" if error.filename else ""
+            print(f"error: cannot write{where}: {error.strerror}; make room and repeat the command, "
+                  "which goes on where it stopped", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on where it stopped", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return wrapper
 

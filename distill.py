@@ -560,10 +560,8 @@ def train(s, data, teacher, student, hypothesis, run, device):
         optimizer.step()
         log.step(step + 1, len(Z), lr=optimizer.param_groups[0]["lr"], loss=loss.detach(),
                  **{name: value.detach() for name, value in losses.items()})
-        if run.due((step + 1) % batches.per_epoch == 0):
-            run.save(step + 1, optimizer)
+        run.after(step + 1, optimizer, batches, log)
     log.close()
-    run.save(batches.total, optimizer, finished=True)
 
 
 def make_student(s, teacher, device):
@@ -680,7 +678,7 @@ def main(argv=None):
           f"{count / 1e6:.1f} M parameters → {s.out}/")
 
     make_folder(s.out)
-    run = Run(s.out / "distill.pt", s, data.classes, teacher.model, student)
+    run = Run(s.out / "distill.pt", s, data, teacher.model, student)
     hypothesis = None
     if "text" in s.losses and t.hypothesis != "none":
         t.amp, t.workers = s.amp, s.workers

@@ -11,20 +11,32 @@ Maps are channels-first (Z: B×D×h×w; logits: B×C×h×w), text features are r
 """
 
 import argparse
+import contextlib
 import copy
+import datetime
 import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import clip
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
@@ -165,9 +177,12 @@ class Reference(nn.Module):
         # Every word starts as the embedding of token 0, as in the authors' program.
         self.prompt = nn.Parameter(model.token_embedding.weight[0].detach().float().repeat(L, 1))
 
+    def encode(self, model):
+        """The text features of [start] prompt name [end], C×D, not normalised."""
+        return encode_shared_prefix(model, torch.cat([self.start, self.prompt]), self.suffix)
+
     def forward(self, model):
-        prefix = torch.cat([self.start, self.prompt])
-        Wr = encode_shared_prefix(model, prefix, self.suffix)
+        Wr = self.encode(model)
         return Wr / Wr.norm()
 
 
@@ -316,12 +331,13 @@ class Rectifier(nn.Module):
         Mr = classify(Z, Wr)
         return Mr + self.position(p) if self.kind == "joint" else Mr
 
-    def forward(self, Z, p, Wr):
+    def forward(self, Z, p, Wr, Wq=None):
         """Query logits and rectified logits (Eqs. 3 and 4), both B×C×h×w.
 
-        Z: B×D×h×w, unit length over D; p: 1×width×h×w; Wr: C×D, or None without a bias.
+        Z: B×D×h×w, unit length over D; p: 1×width×h×w; Wr: C×D, or None without a bias; Wq: C×D,
+        the fixed one by default.
         """
-        Mq = M = classify(Z, self.Wq)
+        Mq = M = classify(Z, self.Wq if Wq is None else Wq)
         if self.kind != "none":
             M = Mq + self.sign * self.bias(Z, p, Wr)
         return Mq, self.decoder(Z, M) if hasattr(self, "decoder") else M
@@ -425,16 +441,13 @@ def global_hypothesis(scores, threshold, top):
 
 
 class Images(torch.utils.data.Dataset):
-    """(index, image) of a SegmentationData, for decoding in worker processes."""
+    """The images of a SegmentationData, for decoding in worker processes."""
 
-    def __init__(self, data, indices):
-        self.data, self.indices = data, indices
-
-    def __len__(self):
-        return len(self.indices)
+    def __init__(self, data):
+        self.data = data
 
     def __getitem__(self, i):
-        return self.indices[i], self.data.image(self.indices[i])
+        return self.data.image(i)
 
 
 @torch.no_grad()
@@ -443,39 +456,58 @@ def make_hypotheses(data, model, Wq, s, path, device):
 
     The file holds, by image id, what the hypotheses are decided from (how many crops each class
     won, or 100·cosine to each class), so the thresholds can be changed without encoding again.
-    Its first line tells the settings that made it; it grows under another name (.part), from which
-    an interrupted run goes on. s: settings hypothesis, crop_ratio or scale, threshold, top, amp,
-    workers, seed. Raises UserError for a file made with other settings.
+    Its first line tells the settings that made it. Each process makes every world-th group of
+    images, in a file of its own (.part), from which an interrupted run goes on. s: settings
+    hypothesis, crop_ratio or scale, threshold, top, amp, workers, seed. Raises UserError for a file
+    made with other settings.
     """
-    crops, part = s.hypothesis == "crops", Path(f"{path}.part")
+    crops, part = s.hypothesis == "crops", Path(f"{path}.part{rank()}")
     header = dict(hypothesis=s.hypothesis, data=data.name, classes=data.classes,
                   seed=s.seed if data.name == "shapes" else 0, clip=fingerprint(model),
                   activation=s.activation,
                   view=s.crop_ratio if crops else list(s.scale))
-    known = {}
-    for file in (path, part):
-        if file.exists():
-            known |= read_scores(file, header)
-    missing = [i for i, name in enumerate(data.ids) if name not in known]
-    if missing:
-        line = lambda row: json.dumps(row, ensure_ascii=False) + "\n"
-        rows = [dict(id=name, scores=scores) for name, scores in known.items()]
-        write_text(part, "".join(map(line, [header, *rows])))
-        loader = torch.utils.data.DataLoader(Images(data, missing), batch_size=None,
-                                             num_workers=s.workers)
-        progress = Progress("hypotheses", len(data), len(data) - len(missing))
-        with open(part, "a", encoding="utf-8") as file:
-            for index, image in loader:
-                image = image.to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-                    scores = (crop_votes(model, image, Wq, s.crop_ratio) if crops else
-                              global_scores(model, image, Wq, s.scale)).tolist()
-                known[data.ids[index]] = scores
-                file.write(line(dict(id=data.ids[index], scores=scores)))
-                file.flush()
-                progress.advance(1)
-        progress.close()
-        os.replace(part, path)
+    line = lambda row: json.dumps(row, ensure_ascii=False) + "\n"
+    with folder_lock(path.parent / ".cache.lock", wait=True):
+        barrier()
+        known = {}
+        for file in (path, *sorted(path.parent.glob(f"{path.name}.part*"))):
+            if file.exists():
+                known |= read_scores(file, header)
+        barrier()  # before any process adds to what the others read
+        # Groups are the same for any number of processes, and so is the rounding in a batch.
+        size = max(1, 256 // len(crop_windows(64, 64, s.crop_ratio))) if crops else 1
+        groups = torch.arange(len(data)).split(size)
+        missing = [group.tolist() for group in groups
+                   if any(data.ids[i] not in known for i in group)]
+        if missing:
+            own = missing[rank()::world()]
+            loader = torch.utils.data.DataLoader(Images(data), batch_sampler=own, collate_fn=list,
+                                                 num_workers=s.workers)
+            progress = Progress("hypotheses", len(data), len(data) - sum(map(len, missing)))
+            lines = [line(header)] + [line(dict(id=name, scores=known[name])) for name in known]
+            write_text(part, "".join(lines))
+            with open(part, "a", encoding="utf-8") as file:
+                for group, images in zip(own, loader):
+                    images = [image.to(device) for image in images]
+                    with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+                        scores = (crop_votes(model, images, Wq, s.crop_ratio) if crops else
+                                  global_scores(model, images[0], Wq, s.scale)[None])
+                    for i, row in zip(group, scores.tolist()):
+                        known[data.ids[i]] = row
+                        file.write(line(dict(id=data.ids[i], scores=row)))
+                    file.flush()
+                    progress.advance(len(group) * world())
+            progress.close()
+            barrier()
+            parts = sorted(path.parent.glob(f"{path.name}.part*"))
+            for file in parts:
+                known |= read_scores(file, header)
+            if rank() == 0:
+                rows = [dict(id=name, scores=known[name]) for name in data.ids]
+                write_text(path, "".join(map(line, [header, *rows])))
+            barrier()
+            for file in parts if rank() == 0 else ():
+                file.unlink()
     scores = torch.tensor([known[name] for name in data.ids], dtype=torch.float64)
     if crops:
         return crop_hypothesis(scores, s.threshold)
@@ -495,16 +527,18 @@ def read_scores(file, header):
     return {row["id"]: row["scores"] for row in rows}
 
 
-def crop_votes(model, image, Wq, r):
-    """How many crops of an image each class wins (Sec. III-D): uint8 3×H×W → int64 C.
+def crop_votes(model, images, Wq, r, batch=512):
+    """How many crops of each image every class wins (Sec. III-D).
 
-    model: a CLIP; Wq: C×D; r: side of a crop relative to the image's.
+    model: a CLIP; images: list of uint8 3×H×W, of any sizes; Wq: C×D; r: side of a crop relative to
+    the image's; batch: crops encoded at once. Returns int64 len(images)×C.
     """
-    crops = cut_crops(image, r, model.visual.input_resolution)
+    crops = torch.cat([cut_crops(image, r, model.visual.input_resolution) for image in images])
     features = torch.cat([model.encode_image(normalise(part, CLIP_MEAN, CLIP_STD))
-                          for part in crops.split(256)])
+                          for part in crops.split(batch)])
     # argmax needs no unit length: it is the same for every class
-    return (features.float() @ Wq.T).argmax(1).bincount(minlength=len(Wq))
+    winner = (features.float() @ Wq.T).argmax(1).unflatten(0, (len(images), -1))
+    return F.one_hot(winner, len(Wq)).sum(1)
 
 
 def global_scores(model, image, Wq, scale):
@@ -520,6 +554,8 @@ ALWAYS = dict(
     clip="ViT-B/16", surgery="program", ratio=(0.5, 2.0), distort=True,  # views
     tau=0.01, momentum=0.9, weight_decay=5e-4, power=0.9,  # loss and SGD
     crop_ratio=1 / 6,  # r
+    views=0,  # fresh augmentation in every epoch
+    wr_norm="matrix", pooling="area", learn_query=False, tune_encoder=False,  # see Ablations
 )
 RELEASE = {  # the authors' settings of July 2025
     #             scale       crop  schedule  epochs  batch  lr    PD
@@ -538,7 +574,7 @@ PAPER = {  # the authors' settings of August 2024, when the papers' numbers were
 }
 DEMO = ((96, 96), 96, 20, 20, 16, 0.01, None)
 DEMO_ONLY = dict(clip="shapes-tiny", surgery="value", ratio=(1.0, 1.0), distort=False,
-                 crop_ratio=1 / 2)
+                 crop_ratio=1 / 2, views=2)
 # ReCLIP's global hypothesis: threshold on 100·cosine, and how many classes if none passes
 GLOBAL = {"voc": (23, 2), "context": (20, 6), "ade": (21, 5), "cityscapes": (21.5, 2),
           "stuff": (20, 8), "shapes": (48, 2)}
@@ -576,50 +612,64 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay)
     first = run.resume(optimizer)
-    visual = image_encoder(model, s.preset)
-    mean, std = preset_statistics(s.preset)
+    visual = rectifier.visual if s.tune_encoder else image_encoder(model, s.preset)
     views = TrainingViews(data, s.scale, s.crop, s.ratio, s.distort, s.seed)
-    batches = Batches(len(data), s.batch, s.epochs, s.seed, first)
-    loader = torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=s.workers,
-                                         pin_memory=device.type == "cuda")
     patch = visual.conv1.stride[0]
     grid = -(-s.crop // patch)
     if grid == 1:
         raise UserError(f"--crop {s.crop} is a single patch; expected more than {patch}")
     p = resized_positions(visual, grid, grid)
+
+    def encode(batch):
+        """Dense features, B×D×h×w, float32, of a batch of training views."""
+        images = normalise(batch["view"].to(device, non_blocking=True),
+                           *preset_statistics(s.preset),
+                           batch["size"].to(device, non_blocking=True))
+        with torch.set_grad_enabled(s.tune_encoder):
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+                return dense_features(visual, images, s.surgery).float()
+
+    if s.views:  # CLIP is frozen: what it says of a view need be computed only once
+        views = make_views(views, s, model, encode, device)
+    batches = Batches(len(data), s.batch, s.epochs, s.seed, first)
+    loader = batches.loader(views, s.workers, device)
     hypothesis = hypothesis.to(device)
     rectifier.train()
+    network = parallel(rectifier, device)
     log = Log(run.path.with_name("log.jsonl"), "rectify", batches.total, first)
     for step, batch in enumerate(log.timed(loader), first):
         epoch = step // batches.per_epoch
         for group in optimizer.param_groups:
             group["lr"] = s.lr * (1 - epoch / s.schedule) ** s.power
-        with torch.no_grad():
-            images = normalise(batch["view"].to(device, non_blocking=True), mean, std,
-                               batch["size"].to(device, non_blocking=True))
-            with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-                Z = dense_features(visual, images, s.surgery)
-            Z = F.normalize(Z.float(), dim=1)
-        Mq, logits = rectifier(Z, p, rectifier.Wr(model))
+        if s.views:
+            features = batch["features"].to(device, non_blocking=True).float()
+        else:
+            features = encode(batch)
+        if s.tune_encoder:
+            p = resized_positions(visual, grid, grid)
+        Z = F.normalize(features, dim=1)
+        Mq, logits = network(Z, p, rectifier.Wr(model))
         seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel") for i in batch["index"].tolist()]
         noise = gumbel_noise(logits.shape[1:], seeds, device)
         masks = gumbel_masks(logits, s.mask_temperature, noise)
+        similarities = (masked_pooling(masks, Mq) if s.pooling == "area" else
+                        cosine_pooling(masks, Z, rectifier.Wq))
         present = hypothesis[batch["index"].to(device)]
-        loss = contrastive_loss(masked_pooling(masks, Mq), present, s.tau)
+        loss = contrastive_loss(similarities, present, s.tau) * batches.weight(step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         log.step(step + 1, len(seeds), lr=optimizer.param_groups[0]["lr"], loss=loss.detach())
-        if run.due((step + 1) % batches.per_epoch == 0):
-            run.save(step + 1, optimizer)
+        run.after(step + 1, optimizer, batches, log)
     log.close()
-    run.save(batches.total, optimizer, finished=True)
 
 
 class Batches:
     """The batches of all epochs as lists of (epoch, index), from a given step on.
 
-    The order of an epoch depends on (seed, epoch) alone, so any step can be the first.
+    The order of an epoch depends on (seed, epoch) alone, so any step can be the first. Of several
+    processes each gets its share of every batch; where there is none left for it, a copy of the
+    batch's first image, with the weight 0.
     """
 
     def __init__(self, n, batch, epochs, seed, first=0):
@@ -634,9 +684,212 @@ class Batches:
         for step in range(self.first, self.total):
             epoch, place = divmod(step, self.per_epoch)
             if place == 0 or step == self.first:
-                generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, "order"))
-                order = torch.randperm(self.n, generator=generator).tolist()
-            yield [(epoch, i) for i in order[place * self.batch : (place + 1) * self.batch]]
+                order = self.order(epoch)
+            part = order[place * self.batch : (place + 1) * self.batch]
+            yield [(epoch, i) for i in part[rank()::world()] or part[:1]]
+
+    def order(self, epoch):
+        """All indices as the epoch has them."""
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, "order"))
+        return torch.randperm(self.n, generator=generator).tolist()
+
+    def weight(self, step):
+        """This process's share of a batch, relative to the mean share: 1 for a single process."""
+        size = min(self.batch, self.n - step % self.per_epoch * self.batch)
+        return len(range(rank(), size, world())) * world() / size
+
+    def images(self, step):
+        """The indices of a whole batch."""
+        epoch, place = divmod(step, self.per_epoch)
+        return self.order(epoch)[place * self.batch : (place + 1) * self.batch]
+
+    def loader(self, views, workers, device):
+        """A DataLoader of these batches; views: TrainingViews or FixedViews."""
+        whole = isinstance(views, FixedViews)  # which gives batches, not items
+        options = dict(sampler=self, batch_size=None) if whole else dict(batch_sampler=self)
+        return torch.utils.data.DataLoader(views, num_workers=workers, **options,
+                                           pin_memory=device.type == "cuda")
+
+
+# ---- What CLIP says of the views, computed once (--views) ----------------------------------------
+
+
+class FixedViews(torch.utils.data.Dataset):
+    """Dense features of K views of each image, read from a file; epoch e has view e mod K.
+
+    They are the views that fresh augmentation gives in the first K epochs. features: float16
+    K×n×D×h×w, an array that may lie on disk.
+    """
+
+    def __init__(self, features):
+        self.features = features
+
+    def __getitem__(self, batch):
+        """A list of (epoch, index) of one epoch → index, int64 B, and features, float16 B×D×h×w."""
+        index = [i for _, i in batch]
+        view = batch[0][0] % len(self.features)
+        return dict(index=torch.tensor(index), features=torch.from_numpy(self.features[view][index]))
+
+
+@torch.no_grad()
+def make_views(views, s, model, encode, device):
+    """FixedViews of s.views views per image, made once and kept in a memory-mapped file.
+
+    views: TrainingViews; s: settings cache, views, seed, amp, workers and those of the views;
+    encode: a batch of `views` → features B×D×h×w. While it grows the file is called views.npy.part,
+    and views.done tells which of its blocks are there, so that an interrupted run goes on; several
+    processes share the work. Raises UserError for a file made with other settings, a damaged one,
+    and too small a disk.
+    """
+    data, K, n = views.data, s.views, len(views)
+    path, part, done_path = (s.cache / name for name in ("views.npy", "views.npy.part",
+                                                         "views.done"))
+    blocks = [(k, rows) for k in range(K) for rows in torch.arange(n).split(16)]
+    first = [views[0, int(blocks[0][1][0])]]
+    shape = (K, n, *encode(torch.utils.data.default_collate(first)).shape[1:])
+    header = dict(data=data.name, ids=hashlib.sha256("\n".join(data.ids).encode()).hexdigest()[:16],
+                  clip=fingerprint(model), views=K, amp=s.amp,
+                  **{key: plain(s)[key] for key in ("seed", "preset", "surgery", "activation")},
+                  scale=list(s.scale), crop=s.crop, ratio=list(s.ratio), distort=s.distort)
+    gigabytes = 2 * math.prod(shape) / 1e9
+    with folder_lock(s.cache / ".cache.lock", wait=True):
+        barrier()
+        check_header(s.cache / "views.json", header)
+        if not path.exists():
+            print(f"views: {K} of each image, {gigabytes:.2f} GB → {path}", flush=True)
+            if rank() == 0 and not (part.exists() and done_path.exists()):
+                allocate(part, shape)
+                done_path.write_bytes(bytes(len(blocks)))
+            barrier()
+            features = open_array(part, shape, "r+")
+            done = np.memmap(done_path, np.uint8, "r+", shape=len(blocks))
+            left = [i for i in range(len(blocks)) if not done[i]]
+            own = left[rank()::world()]
+            sampler = [[(blocks[i][0], int(row)) for row in blocks[i][1]] for i in own]
+            loader = torch.utils.data.DataLoader(views, batch_sampler=sampler,
+                                                 num_workers=s.workers,
+                                                 pin_memory=device.type == "cuda")
+            progress = Progress("views", K * n, K * n - sum(len(blocks[i][1]) for i in left))
+            for i, batch in zip(own, loader):
+                k, rows = blocks[i]
+                features[k, rows[0] : rows[-1] + 1] = encode(batch).half().cpu().numpy()
+                done[i] = 1
+                progress.advance(len(rows) * world())
+            progress.close()
+            features.flush()
+            barrier()
+            if rank() == 0:
+                os.replace(part, path)
+                done_path.unlink()
+            barrier()
+    return FixedViews(open_array(path, shape, "r"))
+
+
+def check_header(path, header):
+    """Write what a file is made from beside it, or raise UserError where it was something else."""
+    try:
+        old = json.loads(path.read_text("utf-8")) if path.exists() else None
+    except ValueError:
+        old = "damaged"
+    if old is None and rank() == 0:
+        write_text(path, json.dumps(header, indent=1) + "\n")
+    if old not in (None, header):
+        raise UserError(f"the features beside {path} were made with other settings or another CLIP, "
+                        "or are damaged; delete them (views.*) or choose another folder with "
+                        "--cache or --out")
+
+
+def allocate(path, shape):
+    """Make an .npy file of float16 zeros whose bytes are there: a write to it cannot fail later."""
+    size, free = 2 * math.prod(shape), shutil.disk_usage(path.parent).free
+    if size > free:
+        raise UserError(f"{path} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
+                        "choose another folder with --cache, fewer --views, or --views 0")
+    path.unlink(missing_ok=True)
+    del_me = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    del del_me
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+
+
+def open_array(path, shape, mode):
+    """The .npy file of `allocate`, memory-mapped. Raises UserError for another one."""
+    try:
+        array = np.lib.format.open_memmap(path, mode)
+    except (OSError, ValueError):
+        array = None
+    if array is None or array.shape != shape or array.dtype != np.float16:
+        raise UserError(f"{path} is damaged; delete it, and it will be made again")
+    return array
+
+
+# ---- Ablations: what the papers compare with; nothing of the method needs it ---------------------
+
+
+class LearnedQuery(Reference):
+    """Query features from learned words, "a photo of a" at first (Table IV; ReCLIP's Table 3).
+
+    forward(model) → Wq, C×D, of unit length.
+    """
+
+    def __init__(self, model, classes):
+        super().__init__(model, classes)
+        words = clip.tokenize("a photo of a")[0, 1:5].long()
+        with torch.no_grad():
+            self.prompt = nn.Parameter(model.token_embedding.weight[words].detach().float())
+
+    def forward(self, model):
+        return F.normalize(self.encode(model), dim=1)
+
+
+class Ablated(Rectifier):
+    """A Rectifier with a part changed.
+
+    wr_norm "class": each row of Wr is divided by its own norm, instead of Wr by that of the matrix;
+    learn_query: as in `LearnedQuery`; visual: None, or an image encoder to fine-tune (Table VI).
+    """
+
+    def __init__(self, model, classes, Wq, bias, decoder, sign, wr_norm="matrix",
+                 learn_query=False, visual=None):
+        super().__init__(model, classes, Wq, bias, decoder, sign)
+        self.wr_norm = wr_norm
+        self.query = LearnedQuery(model, classes) if learn_query else None
+        self.visual = visual and copy.deepcopy(visual).requires_grad_(True)
+
+    def Wr(self, model):
+        """The Reference features; a learned Query takes the place of Wq first."""
+        if self.query is not None:
+            self.live = self.query(model)
+            self.Wq = self.live.detach()
+        Wr = super().Wr(model)
+        return F.normalize(Wr, dim=1) if self.wr_norm == "class" and Wr is not None else Wr
+
+    def forward(self, Z, p, Wr):
+        """As a Rectifier's; while training the Query has a gradient."""
+        learned = self.training and self.query is not None
+        return super().forward(Z, p, Wr, self.live if learned else None)
+
+
+def make_rectifier(model, classes, Wq, s):
+    """The Rectifier that settings ask for."""
+    parts = model, classes, Wq, s.bias, s.decoder, s.sign
+    if (s.wr_norm, s.learn_query, s.tune_encoder) == ("matrix", False, False):
+        return Rectifier(*parts)
+    visual = image_encoder(model, s.preset) if s.tune_encoder else None
+    return Ablated(*parts, s.wr_norm, s.learn_query, visual)
+
+
+def cosine_pooling(masks, Z, Wq):
+    """Similarities as the papers' text has them, with unit-length pooled features; B×C×C.
+
+    masks: B×C×h×w; Z: B×D×h×w; Wq: C×D. See `masked_pooling` for what they lose.
+    """
+    return F.normalize(masked_pooling(masks, Z), dim=2) @ Wq.T
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run keeps, and how it says where it is
 
 
 class Run:
@@ -647,29 +900,68 @@ class Run:
     Raises UserError where the folder holds the checkpoint of other settings.
     """
 
-    def __init__(self, path, s, classes, model, learner):
-        self.path, self.model, self.learner = path, model, learner
-        self.facts = dict(kind=path.stem, settings=plain(s), classes=list(classes),
+    def __init__(self, path, s, data, model, learner):
+        self.path, self.ids, self.model, self.learner = path, data.ids, model, learner
+        self.facts = dict(kind=path.stem, settings=plain(s), classes=list(data.classes),
                           clip=fingerprint(model))
-        self.saved = time.monotonic()
+        self.saved, self.kept, self.stopping = time.monotonic(), 0, False
         self.previous = load_checkpoint(path) if path.exists() else None  # until it is resumed
         if self.previous:
             check_same_run(self.previous, self.facts, path)
 
+    def __enter__(self):
+        """Within, Ctrl-C ends training after the step that is under way; pressed twice, at once."""
+        def stop(number, frame):
+            self.stopping = True
+            signal.signal(signal.SIGINT, self.old_handler)
+
+        self.old_handler = signal.signal(signal.SIGINT, stop)
+        return self
+
+    def __exit__(self, *exception):
+        signal.signal(signal.SIGINT, self.old_handler)
+
+    def after(self, step, optimizer, batches, log):
+        """To be called when `step` steps are done: saves at the end, on Ctrl-C and when it is due.
+
+        Raises UserError, before anything is written, where the loss has become nan or infinite.
+        """
+        finished = step == batches.total
+        due = finished or self.stopping or self.due(step % batches.per_epoch == 0)
+        if due or log.line_due(step):
+            self.check(log.first_bad(), batches)
+        if due:
+            self.save(step, optimizer, finished)
+        if self.stopping and not finished:
+            print(f"\nstopped after step {step} and saved {self.path}; the same command goes on",
+                  file=sys.stderr)
+            raise SystemExit(130)
+
     def due(self, epoch_ends):
-        """Whether to save now: two minutes after the last time, at the end of an epoch after ten
+        """Whether to save: two minutes after the last time, at the end of an epoch after ten
         seconds. Where a run is saved changes nothing in its result.
         """
         return time.monotonic() - self.saved > (10 if epoch_ends else 120)
 
+    def check(self, bad, batches):
+        """Raises UserError if there was a bad step, one whose loss is not finite."""
+        if bad:
+            names = [self.ids[i] for i in batches.images(bad - 1)]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            left = (f"{self.path} still has step {self.kept}" if self.kept else
+                    "there is no checkpoint yet")
+            raise UserError(f"the loss is not finite at step {bad} (images {', '.join(names[:8])}"
+                            f"{more}); {left}; a smaller --lr may help")
+
     def save(self, step, optimizer=None, finished=False):
-        """Write to a temporary file and rename it, so that the file is always whole."""
+        """Write the checkpoint; of several processes only the first does."""
         with torch.no_grad():
             Wr = self.learner.Wr(self.model) if hasattr(self.learner, "Wr") else None
-        save_checkpoint(self.path, self.facts | dict(
-            state=self.learner.state_dict(), Wr=Wr, step=step, finished=finished,
-            optimizer=optimizer and optimizer.state_dict()))
-        self.saved = time.monotonic()
+        if rank() == 0:
+            save_checkpoint(self.path, self.facts | dict(
+                state=self.learner.state_dict(), Wr=Wr, step=step, finished=finished,
+                optimizer=optimizer and optimizer.state_dict()))
+        self.saved, self.kept = time.monotonic(), step
 
     def resume(self, optimizer):
         """Load the checkpoint, if there is one, and return the step to go on from."""
@@ -678,13 +970,20 @@ class Run:
             return 0
         self.learner.load_state_dict(checkpoint["state"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        return checkpoint["step"]
+        self.kept = checkpoint["step"]
+        return self.kept
 
 
 def save_checkpoint(path, checkpoint):
     """torch.save to a temporary file, then rename. Everything in it passes weights_only=True."""
     temporary = Path(f"{path}.tmp")
-    torch.save(checkpoint, temporary)
+    try:
+        torch.save(checkpoint, temporary)
+    except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+        temporary.unlink(missing_ok=True)
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"cannot write {path} ({reason}); what was there before is as it was, and "
+                        "the same command goes on from it") from None
     os.replace(temporary, path)
 
 
@@ -716,7 +1015,7 @@ def check_same_run(checkpoint, facts, path):
 
 
 # What may change when resuming: where things are. Weights are told apart by their fingerprints.
-MACHINE = {"device", "workers", "amp", "data_root", "out", "download", "clip", "teacher"}
+MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "download", "clip", "teacher"}
 
 
 def plain(s):
@@ -732,6 +1031,28 @@ def make_folder(path):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def folder_lock(path, wait=False):
+    """Hold a lock file, so that two processes do not write the same things at a time.
+
+    It is free again when this process ends, however it ends. Where another has it: wait, or raise
+    UserError. (Windows has no such locks: there nothing is held.)
+    """
+    if rank() or fcntl is None:
+        yield
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"another process is at work in {path.parent}; wait for it, or "
+                                "choose another folder with --out") from None
+            print(f"waiting for another process that is at work in {path.parent}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path, text):
@@ -793,12 +1114,13 @@ class Log:
         self.path, self.every = path, every
         self.progress = Progress(title, total, first)
         self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
-        self.start, self.shown = time.monotonic(), ""
+        self.start, self.shown, self.bad = time.monotonic(), "", None
         # A run that was interrupted after its last checkpoint repeats those steps, and their lines.
         # A line without its end was being written when the run was stopped.
-        old = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in old if line.endswith("\n")]
-        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= first))
+        if rank() == 0:
+            old = path.read_text().splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in old if line.endswith("\n")]
+            write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= first))
 
     def timed(self, loader):
         """Iterate, counting the seconds spent waiting for data."""
@@ -815,14 +1137,18 @@ class Log:
         """Add up what a step gave; tensors are not waited for until a line is due."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps, self.images = self.steps + 1, self.images + images
-        if step % self.every == 0 or step == self.progress.total:
+        bad = torch.where(losses["loss"].isfinite(), torch.inf, step)
+        self.bad = bad if self.bad is None else torch.minimum(self.bad, bad)
+        self.steps, self.images = self.steps + 1, self.images + images * world()
+        if self.line_due(step):
+            means = {name: mean_over_processes(v / self.steps) for name, v in self.sums.items()}
             seconds = time.monotonic() - self.start
             row = dict(step=step, lr=lr, images_per_s=round(self.images / seconds, 2),
                        waited_s=round(self.waited, 2))
-            row |= {name: round(float(v) / self.steps, 6) for name, v in self.sums.items()}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            row |= {name: round(float(mean), 6) for name, mean in means.items()}
+            if rank() == 0:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
             self.shown = "".join(f"  {name} {row[name]:.3f}" for name in self.sums)
             self.shown += (f"  lr {lr:.4f}  {row['images_per_s']:.0f} images/s"
                            f"  waited {self.waited:.0f} s")
@@ -830,8 +1156,75 @@ class Log:
             self.start, self.waited = time.monotonic(), 0.0
         self.progress.advance(1, lambda: self.shown)
 
+    def line_due(self, step):
+        """Whether a line is written after a step."""
+        return step % self.every == 0 or step == self.progress.total
+
+    def first_bad(self):
+        """The first step whose loss was not finite, or None; this waits for the device."""
+        bad = math.inf if self.bad is None else float(self.bad)
+        return None if bad == math.inf else int(bad)
+
     def close(self):
         self.progress.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes: torchrun --nproc_per_node N reclip.py …, on one machine or on several that
+# share the run's folder
+
+
+def join_processes(device):
+    """Under torchrun join the other processes; returns this one's own device. Only one prints."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=2))
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def rank():
+    """This process's number, 0 for the one that writes and for a single one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Wait until all processes are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def mean_over_processes(value):
+    """The mean of a 0-dim tensor over all processes, in each of them."""
+    if world() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= world()
+    return value
+
+
+def parallel(module, device):
+    """The module itself, or, for several processes, in DistributedDataParallel.
+
+    Gradients are then means over the processes. BatchNorm takes its statistics over all of them on
+    CUDA; on the CPU, where PyTorch cannot, over each process's own share of the batch.
+    """
+    if world() == 1:
+        return module
+    if device.type == "cuda":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return DistributedDataParallel(module, [device] if device.type == "cuda" else None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -848,7 +1241,8 @@ class RectifiedCLIP:
     def __init__(self, model, rectifier, Wr, classes, settings):
         device = model.visual.proj.device
         self.model, self.classes, self.settings = model, list(classes), settings
-        self.visual = image_encoder(model, settings.preset)
+        fine_tuned = getattr(rectifier, "visual", None)  # Table VI
+        self.visual = fine_tuned or image_encoder(model, settings.preset)
         self.patch = model.visual.conv1.stride[0]
         self.mean, self.std = preset_statistics(settings.preset)
         self.rectifier = rectifier.to(device).eval().requires_grad_(False)
@@ -880,7 +1274,7 @@ def open_rectified(path, device="cpu", source=None):
     if fingerprint(model) != checkpoint["clip"]:
         raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
     state, classes = checkpoint["state"], checkpoint["classes"]
-    rectifier = Rectifier(model, classes, state["Wq"], s.bias, s.decoder, s.sign)
+    rectifier = make_rectifier(model, classes, state["Wq"], s)
     rectifier.load_state_dict(state)
     return RectifiedCLIP(model, rectifier, checkpoint["Wr"], classes, s)
 
@@ -992,13 +1386,16 @@ def preset_statistics(preset):
 
 
 def pick_device(name=None):
-    """CUDA, else MPS, else the CPU, unless named. Raises UserError for one that is not there."""
+    """CUDA, else MPS, else the CPU, unless named; under torchrun one device each.
+
+    Raises UserError for one that is not there.
+    """
     if name is None:
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.empty(1, device=name)
-        return torch.device(name)
+        return join_processes(torch.device(name))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -1015,6 +1412,8 @@ def parse_arguments(argv):
     flag("--method", choices=("reclip++", "reclip", "maskclip"), default="reclip++")
     flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
     flag("--out", type=Path, help="the run's folder (default: runs/NAME)")
+    flag("--cache", type=Path, help="folder for hypotheses and views, which runs of the same data "
+         "can share (default: the run's folder)")
     flag("--seed", type=int, default=0)
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on cuda)")
@@ -1039,12 +1438,20 @@ def parse_arguments(argv):
     flag("--tau", type=float, help="temperature of the contrastive loss")
     flag("--mask-temperature", type=float, help="τ1 of the Gumbel-Softmax")
     flag("--pd", type=float, help="prompt denoising at test time: switch off classes below it")
+    flag("--views", type=int, metavar="K", help="compute CLIP's features of K augmented views of "
+         "each image once, and train on these; 0: fresh views in every epoch")
     group = parser.add_argument_group("ablations: one part of the method changed")
     flag = group.add_argument
     flag("--bias", choices=("independent", "joint", "reference", "none"), help="how extracted: "
          "as in ReCLIP++, as in ReCLIP, as in ReCLIP without position, not at all")
     flag("--decoder", action=argparse.BooleanOptionalAction)
     flag("--add", dest="sign", action="store_const", const=1, help="add the bias, not subtract it")
+    flag("--wr-norm", choices=("matrix", "class"), help="what Wr is divided by: the norm of the "
+         "matrix, or of each class's row")
+    flag("--pooling", choices=("area", "cosine"), help="of the masked features: larger masks give "
+         "larger logits, or unit length")
+    flag("--learn-query", action="store_const", const=True, help="learn the Query's prompt too")
+    flag("--tune-encoder", action="store_const", const=True, help="fine-tune CLIP's image encoder")
     return parser.parse_args(argv)
 
 
@@ -1058,17 +1465,25 @@ def settings_of(args):
     if "epochs" in given and "schedule" not in given:
         s.schedule = max(s.schedule, s.epochs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    s.workers = given.get("workers", 0 if s.dataset == "shapes" else min(8, cores))
+    each = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    s.workers = given.get("workers", 0 if s.dataset == "shapes" else min(8, each))
+    if s.batch < world():
+        if "batch" in given:
+            raise UserError(f"--batch is {s.batch}, for {world()} processes; expected one image "
+                            "each at least")
+        # As the authors' recipe for Cityscapes does: 16 times the batch, 16 times the rate.
+        s.lr, s.batch = s.lr if "lr" in given else s.lr * world() / s.batch, world()
     s.scale = tuple(s.scale)
     check_values(s)
     name = [s.dataset] + [v for v, d in ((s.method, "reclip++"), (s.preset, "release")) if v != d]
     s.out = given.get("out", Path("runs") / "-".join(name + [f"seed{s.seed}"] * bool(s.seed)))
+    s.cache = given.get("cache", s.out)
     return s
 
 
 def check_values(s):
     """Raises UserError for a number that cannot work."""
-    least = dict(batch=1, epochs=1, schedule=s.epochs, crop=1, workers=0, scale=1,
+    least = dict(batch=1, epochs=1, schedule=s.epochs, crop=1, workers=0, scale=1, views=0,
                  top=int(s.hypothesis == "global"))
     for key, low in least.items():
         value = getattr(s, key)
@@ -1082,13 +1497,15 @@ def check_values(s):
         value = getattr(s, key)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{key.replace('_', '-')} is {value}; expected {low} to {high}")
+    if s.views and s.tune_encoder:
+        raise UserError("--tune-encoder changes the features in every step; it needs --views 0")
 
 
 @clean_exit
 def main(argv=None):
     args = parse_arguments(argv)
-    s = settings_of(args)
     device = pick_device(args.device)
+    s = settings_of(args)
     s.amp = device.type == "cuda" if args.amp is None else args.amp
     s.device = str(device)
     classes = None if args.classes is None else parse_classes(args.classes)
@@ -1101,17 +1518,21 @@ def main(argv=None):
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes → {s.out}/")
 
     make_folder(s.out)
-    torch.manual_seed(s.seed)
-    Wq = query_features(model, data.classes)
-    rectifier = Rectifier(model, data.classes, Wq, s.bias, s.decoder, s.sign).to(device)
-    run = Run(s.out / "reclip.pt", s, data.classes, model, rectifier)
-    if s.bias == "none" and not s.decoder:  # MaskCLIP has nothing to learn
-        run.save(0, finished=True)
-    else:
-        hypothesis = make_hypotheses(data, model, Wq, s, s.out / "hypotheses.jsonl", device)
-        per_image = hypothesis.sum(1).float().mean().item()
-        print(f"hypotheses: {per_image:.2f} classes per image")
-        train(s, data, model, rectifier, hypothesis, run, device)
+    make_folder(s.cache)
+    with folder_lock(s.out / ".run.lock"):
+        torch.manual_seed(s.seed)
+        Wq = query_features(model, data.classes)
+        rectifier = make_rectifier(model, data.classes, Wq, s).to(device)
+        run = Run(s.out / "reclip.pt", s, data, model, rectifier)
+        if s.bias == "none" and not s.decoder:  # MaskCLIP has nothing to learn
+            run.save(0, finished=True)
+        else:
+            hypothesis = make_hypotheses(data, model, Wq, s, s.cache / "hypotheses.jsonl", device)
+            per_image = hypothesis.sum(1).float().mean().item()
+            print(f"hypotheses: {per_image:.2f} classes per image")
+            with run:
+                train(s, data, model, rectifier, hypothesis, run, device)
+    barrier()  # the checkpoint is there
     import evaluate  # which needs this module; it sees the checkpoint only
     evaluate.main(["--checkpoint", str(run.path), "--device", s.device,
                    "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"])

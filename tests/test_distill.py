@@ -302,7 +302,7 @@ def test_interrupted_and_resumed_is_uninterrupted(teachers, tmp_path, monkeypatc
         patch.setattr(reclip.Log, "step", interrupt)
         # as if an epoch took longer than ten seconds
         patch.setattr(reclip.Run, "due", lambda run, epoch_ends: epoch_ends)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             run(teachers["reclip++"], tmp_path / "parts", *options)
     assert torch.load(tmp_path / "parts" / "distill.pt", weights_only=True)["step"] == 3
     parts = run(teachers["reclip++"], tmp_path / "parts", *options)

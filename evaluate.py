@@ -29,8 +29,8 @@ from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette,
                   legend, list_folder, open_dataset, overlay, parse_classes, picture_sheet,
                   read_image, resize_to_scale)
 from reclip import (Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
-                    load_checkpoint, load_clip, make_hypotheses, open_rectified, pick_device,
-                    plain_maskclip, query_features, recipe, write_text)
+                    gather, load_checkpoint, load_clip, make_hypotheses, open_rectified,
+                    pick_device, plain_maskclip, query_features, rank, recipe, world, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -297,11 +297,14 @@ def grouped_by_size(items, batch):
 def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
     """{name: confusion matrix} over all labelled images of `data`, each counted once.
 
+    Of several processes each takes every world-th block of images; all get the whole result.
     segment: a Segmenter, or any function (views, size) → {name: int64 B×H×W}. bins: if more than 0,
     the matrices are those of `confusion_by_distance`.
     """
     items = Labelled(data, scale, bins)
-    loader = torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers)
+    own = torch.cat(torch.arange(len(data)).split(batch)[rank()::world()] or [torch.arange(0)])
+    loader = torch.utils.data.DataLoader(items, sampler=own.tolist(), batch_size=None,
+                                         num_workers=workers)
     C, totals, progress = len(data.classes), {}, Progress("evaluate", len(data))
     for views, labels, *nearest in grouped_by_size(loader, batch):
         labels, nearest = labels.to(device), [part.to(device) for part in nearest]
@@ -309,9 +312,11 @@ def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
             matrix = (confusion_by_distance(prediction, labels, *nearest, C, bins) if bins else
                       confusion_matrix(prediction, labels, C))
             totals[name] = totals[name] + matrix if name in totals else matrix
-        progress.advance(len(views))
+        progress.advance(len(views) * world())
     progress.close()
-    return {name: total.cpu() for name, total in totals.items()}
+    parts = gather({name: total.cpu() for name, total in totals.items()})
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part[name] for part in parts if name in part) for name in names}
 
 
 def hypothesis_quality(hypothesis, data):
@@ -930,6 +935,8 @@ def main(argv=None):
     folder = Path("runs") / (path.stem if path else "maskclip") if foreign else path.parent
     workers = s.workers if args.workers is None else args.workers
     if args.images:
+        if world() > 1:
+            raise UserError("--images runs in one process, without torchrun")
         return predict_images(args, segment, args.out or folder / "predictions", device, workers)
 
     dataset, out = args.dataset or s.dataset, args.out or folder
@@ -962,6 +969,8 @@ def main(argv=None):
         found = evaluate(probe, data, s.scale, device, args.batch, workers)
         for name, result in stage_results(found, segment, data, args).items():
             results[name] = result | dict(slide=None, trained_with_ground_truth=True)
+    if rank():
+        return results
     print(table(results, segment.classes))
     if biases:
         print("\n" + bias_table(biases))

@@ -1141,11 +1141,11 @@ class Log:
         self.bad = bad if self.bad is None else torch.minimum(self.bad, bad)
         self.steps, self.images = self.steps + 1, self.images + images * world()
         if self.line_due(step):
-            means = {name: mean_over_processes(v / self.steps) for name, v in self.sums.items()}
+            means = gather({name: float(v) / self.steps for name, v in self.sums.items()})
             seconds = time.monotonic() - self.start
             row = dict(step=step, lr=lr, images_per_s=round(self.images / seconds, 2),
                        waited_s=round(self.waited, 2))
-            row |= {name: round(float(mean), 6) for name, mean in means.items()}
+            row |= {name: round(sum(m[name] for m in means) / world(), 6) for name in self.sums}
             if rank() == 0:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -1205,13 +1205,12 @@ def barrier():
         dist.barrier()
 
 
-def mean_over_processes(value):
-    """The mean of a 0-dim tensor over all processes, in each of them."""
+def gather(value):
+    """What each process has, as a list, in each of them; plain values and CPU tensors."""
+    everyone = [value] * world()
     if world() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-        value /= world()
-    return value
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def parallel(module, device):

@@ -433,3 +433,19 @@ def test_batches_take_every_image_once_an_epoch_and_start_anywhere():
 def test_fingerprint_tells_clips_apart():
     first = reclip.fingerprint(random_clip(0))
     assert first == reclip.fingerprint(random_clip(0)) != reclip.fingerprint(random_clip(1))
+
+
+def test_processes_share_every_batch(monkeypatch):
+    whole = list(reclip.Batches(7, 3, 2, seed=5))
+    monkeypatch.setattr(reclip, "world", lambda: 2)
+    shares, weights = [], []
+    for rank in (0, 1):
+        monkeypatch.setattr(reclip, "rank", lambda: rank)
+        batches = reclip.Batches(7, 3, 2, seed=5)
+        shares.append(list(batches))
+        weights.append([batches.weight(step) for step in range(6)])
+    for batch, *parts, a, b in zip(whole, *shares, *weights):
+        # a process for which no image is left gets a copy that counts for nothing
+        assert sorted(batch) == sorted(parts[0] + parts[1] * (b > 0))
+        assert a * 1 == pytest.approx(2 * len(parts[0]) / len(batch)) and a + b == pytest.approx(2)
+    assert weights[1][2] == 0 and shares[1][2] == whole[2]

@@ -192,8 +192,10 @@ class Segmenter:
         self.settings, self.classes = network.settings, network.classes
         self.pd = self.settings.pd if pd == "recipe" else pd
         self.slide, self.amp = slide, amp
+        s = self.settings
+        plain = not (getattr(s, "learn_query", False) or getattr(s, "tune_encoder", False))
         self.names = ["distilled"] if self.student else (
-            ["maskclip"] + ["rectified"] * (self.settings.method != "maskclip"))
+            ["maskclip"] * plain + ["rectified"] * (s.method != "maskclip"))
 
     def logits(self, views):
         """{name: logits} of uint8 views B×3×H×W, and the (height, width) that they cover."""
@@ -205,8 +207,9 @@ class Segmenter:
         """The same without windows. A student's grid covers the view, a ViT's whole patches."""
         if self.student:
             return {"distilled": self.network.logits(views, self.amp)}, views.shape[2:]
-        outputs = dict(zip(self.names, self.network.logits(views, self.amp)))
-        h, w = outputs["maskclip"].shape[2:]
+        Mq, M = self.network.logits(views, self.amp)
+        stages, (h, w) = dict(maskclip=Mq, rectified=M), Mq.shape[2:]
+        outputs = {name: stages[name] for name in self.names}
         return outputs, (h * self.network.patch, w * self.network.patch)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ teacher's features are Z (one cell a patch), the student's Ẑ (one for 8×8 pix
 """
 
 import argparse
+import functools
 import hashlib
 import http.client
 import json
@@ -24,10 +25,11 @@ from torch import nn
 import evaluate
 from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, clean_exit,
                   draw_seed, normalise, open_dataset, padding)
-from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, classify, contrastive_loss,
-                    dense_features, gumbel_masks, gumbel_noise, load_checkpoint, make_folder,
-                    make_hypotheses, masked_pooling, open_rectified, pick_device, plain,
-                    resized_positions)
+from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, barrier, classify,
+                    contrastive_loss, dense_features, fingerprint, folder_lock, gumbel_masks,
+                    gumbel_noise, load_checkpoint, make_folder, make_hypotheses, make_views,
+                    masked_pooling, mean_over_processes, open_rectified, parallel, pick_device,
+                    plain, resized_positions, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -274,7 +276,8 @@ class Student(nn.Module):
 
     def __init__(self, network, head):
         super().__init__()
-        self.network, self.head = network, head
+        # Convolutions are faster where a pixel's channels lie together, on CPUs and GPUs.
+        self.network, self.head = network.to(memory_format=torch.channels_last), head
 
     def forward(self, images, sizes=None, amp=False):
         """Ẑ B×D×h×w and logits B×C×h×w, float32, of uint8 images B×3×H×W.
@@ -322,6 +325,7 @@ def load_student(path, device="cpu"):
 # III-E  The three losses
 
 
+@functools.lru_cache(64)
 def interpolation_matrix(n, m, device):
     """m×n: linear interpolation of n samples to m (align_corners=False) as a matrix."""
     return F.interpolate(torch.eye(n, device=device)[:, None], m, mode="linear")[:, 0].T
@@ -344,37 +348,47 @@ def to_cells(x, grid):
     """
     (H, W), (h, w) = x.shape[-2:], grid
     rows, columns = (interpolation_matrix(n, m, x.device) for n, m in ((h, H), (w, W)))
-    return rows.T @ (x @ columns)
+    return (rows.T @ x) @ columns
 
 
-def mask_loss(logits, labels):
+def mask_loss(logits, labels, count=None):
     """Eq. 8: cross-entropy of the student's upsampled logits against the teacher's labels.
 
     logits: B×C×h×w; labels: int64 B×H×W, VOID (255) where a pixel is ignored. Mean over the pixels
-    that are not ignored; 0 if there is none.
+    that are not ignored; 0 if there is none. count: divide by this instead of their number.
     """
     loss = F.cross_entropy(upsample(logits, labels.shape[1:]), labels, ignore_index=VOID,
                            reduction="sum")
-    return loss / (labels != VOID).sum().clamp(min=1)
+    return loss / ((labels != VOID).sum().clamp(min=1) if count is None else count)
 
 
-def feature_loss(Z, Z_hat, valid):
+def feature_loss(Z, Z_hat, valid, count=None):
     """Eq. 9: L1 distance of the teacher's and the student's features, both upsampled to pixels.
 
     Z: B×D×h'×w' and Z_hat: B×D×h×w, neither of unit length; valid: bool B×H×W, the pixels that
-    count. Mean over those pixels and the channels.
+    count. Mean over those pixels and the channels. count: as in `mask_loss`.
 
     As |x| = sign(x)·x and upsampling is linear, Σ|Ẑ − Z| over pixels is Σ Ẑ·T(s) − Σ Z·T(s) over
     cells, with s the sign at each pixel, a constant, and T the transpose of upsampling. So the loss
     and its gradient are exact, and at most one image's features are ever as large as its pixels.
     """
     maps = [Z_hat - Z] if Z_hat.shape == Z.shape else [Z_hat, -Z]
-    total = 0.0
-    for *parts, counts in zip(*maps, valid):
-        with torch.no_grad():
-            sign = sum(upsample(part, counts.shape) for part in parts).sign_().mul_(counts)
-        total = total + sum((part * to_cells(sign, part.shape[1:])).sum() for part in parts)
-    return total / (valid.sum().clamp(min=1) * Z.shape[1])
+    with torch.no_grad():
+        plain = [part.contiguous() for part in maps]
+        weights = [torch.empty_like(part) for part in plain]  # T(s)
+        # On a CPU a megabyte of channels at a time, which its cache holds.
+        channels = max(1, 2**18 // valid[0].numel()) if valid.device.type == "cpu" else Z.shape[1]
+        for *parts, counts in zip(*plain, *weights, valid):
+            for rows in zip(*(part.split(channels) for part in parts)):
+                xs, Ts = rows[: len(maps)], rows[len(maps):]
+                sign = upsample(xs[0], counts.shape)
+                for x in xs[1:]:
+                    sign += upsample(x, counts.shape)
+                sign.sign_().mul_(counts)
+                for T in Ts:
+                    T.copy_(to_cells(sign, T.shape[1:]))
+    total = sum((part * T).sum() for part, T in zip(maps, weights))
+    return total / ((valid.sum().clamp(min=1) if count is None else count) * Z.shape[1])
 
 
 def label_masks(labels, C, grid):
@@ -482,10 +496,11 @@ ALWAYS = dict(
     student="resnet50", backbone="imagenet", ratio=(0.5, 2.0), distort=True,
     batch=16, optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, power=0.9, floor=1e-4,
     weights=dict(mask=1.0, feature=0.5, text=0.5), tau=0.01, pd_temperature=0.1,  # 1, α, β
+    views=0,  # fresh augmentation in every epoch
 )
 EPOCHS = {"voc": 100, "context": 150, "ade": 150, "cityscapes": 100, "stuff": 50}
 DEMO = dict(student="small", backbone="none", ratio=(1.0, 1.0), distort=False, scale=(96, 96),
-            crop=96, epochs=25, optimizer="adamw", lr=3e-3, weight_decay=0.05)
+            crop=96, views=2, epochs=25, optimizer="adamw", lr=3e-3, weight_decay=0.05)
 LOSSES = ("mask", "feature", "text")
 
 
@@ -516,44 +531,74 @@ def train(s, data, teacher, student, hypothesis, run, device):
     """
     learned = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if s.optimizer == "sgd":
-        optimizer = torch.optim.SGD(learned, s.lr, s.momentum, weight_decay=s.weight_decay)
+        optimizer = torch.optim.SGD(learned, s.lr, s.momentum, weight_decay=s.weight_decay,
+                                    fused=True)
     else:
-        optimizer = torch.optim.AdamW(learned, s.lr, weight_decay=s.weight_decay)
+        optimizer = torch.optim.AdamW(learned, s.lr, weight_decay=s.weight_decay, fused=True)
     first = run.resume(optimizer)
     Views = ViewsWithGroundTruthVoid if s.use_ground_truth_void else TrainingViews
     views = Views(data, s.scale, s.crop, s.ratio, s.distort, s.student_seed)
     batches = Batches(len(data), s.batch, s.epochs, s.student_seed, first)
-    loader = torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=s.workers,
-                                         pin_memory=device.type == "cuda")
-    Wq, C = teacher.rectifier.Wq, len(data.classes)
-    student.train()
-    log = Log(run.path.with_name("log-distill.jsonl"), "distill", batches.total, first)
-    for step, batch in enumerate(log.timed(loader), first):
-        epoch = step // batches.per_epoch
-        for group in optimizer.param_groups:
-            group["lr"] = max(s.floor, s.lr * (1 - epoch / s.epochs) ** s.power)
+
+    def taught(batch):
+        """A batch of views on the device, with the teacher's Z and labels."""
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         Z, labels = teach(teacher, batch["view"], batch["size"], s.pd, s.pd_temperature,
                           s.ignore_below, s.amp)
         if s.use_ground_truth_void:
-            labels[batch["void"]] = VOID
-        Z_hat, logits = student(batch["view"], batch["size"], s.amp)
+            labels = labels.masked_fill(batch["void"], VOID)
+        return dict(view=batch["view"], size=batch["size"], Z=Z, labels=labels)
 
-        losses, grid = {}, Z_hat.shape[2:]
+    def compact(batch):
+        """The same in small types."""
+        batch = taught(batch)
+        return batch | dict(size=batch["size"].short(), Z=batch["Z"].half(),
+                            labels=batch["labels"].to(torch.uint8))
+
+    if s.views and len(batches):  # what a frozen teacher says of a view need be asked only once
+        facts = {key: getattr(s, key) for key in ("teacher_weights", "pd", "pd_temperature",
+                                                  "ignore_below", "use_ground_truth_void")}
+        facts |= dict(clip=fingerprint(teacher.model), preset=s.preset,
+                      surgery=teacher.settings.surgery)
+        views = make_views(views, s, "views-distill", facts, compact, device)
+    loader = batches.loader(views, s.workers, device)
+    Wq, C = teacher.rectifier.Wq, len(data.classes)
+    student.train()
+    network = parallel(student, device)
+    log = Log(run.path.with_name("log-distill.jsonl"), "distill", batches.total, first)
+    for step, batch in enumerate(log.timed(loader), first):
+        epoch, indices = step // batches.per_epoch, batch["index"]
+        for group in optimizer.param_groups:
+            group["lr"] = max(s.floor, s.lr * (1 - epoch / s.epochs) ** s.power)
+        if s.views:
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        else:
+            batch = taught(batch)
+        Z, labels = batch["Z"].float(), batch["labels"].long()
+        if not batches.weight(step):  # of several processes one that has no image left
+            labels.fill_(VOID)
+        Z_hat, logits = network(batch["view"], batch["size"], s.amp)
+
+        losses, grid, valid = {}, Z_hat.shape[2:], labels != VOID
+        # DistributedDataParallel takes the mean of the processes' gradients: with the mean of their
+        # counts as the divisor, that is the gradient of the mean over all pixels.
+        count = mean_over_processes(valid.sum().float()).clamp(min=1)
         if "mask" in s.losses:
-            losses["mask"] = mask_loss(logits, labels)
+            losses["mask"] = mask_loss(logits, labels, count)
         if "feature" in s.losses:
-            losses["feature"] = feature_loss(Z, Z_hat, labels != VOID)
+            losses["feature"] = feature_loss(Z, Z_hat, valid, count)
         if "text" in s.losses:
             masks = label_masks(labels, C, grid)
-            present = masks.flatten(2).any(2) if hypothesis is None else hypothesis[batch["index"]]
+            present = (masks.flatten(2).any(2) if hypothesis is None else
+                       hypothesis[indices.to(device, non_blocking=True)])
             if s.text_masks == "student":
-                names = [data.ids[i] for i in batch["index"].tolist()]
+                names = [data.ids[i] for i in indices.tolist()]
                 seeds = [draw_seed(s.student_seed, epoch, name, "gumbel") for name in names]
                 noise = gumbel_noise(logits.shape[1:], seeds, device)
                 counted = masks.sum(1, keepdim=True)  # nothing of what the teacher's labels ignore
                 masks = gumbel_masks(logits, s.mask_temperature, noise) * counted
-            losses["text"] = text_loss(F.normalize(Z_hat, dim=1), masks, Wq, present, s.tau)
+            losses["text"] = batches.weight(step) * text_loss(F.normalize(Z_hat, dim=1), masks, Wq,
+                                                              present, s.tau)
         loss = sum(s.weights[name] * value for name, value in losses.items())
         optimizer.zero_grad()
         loss.backward()
@@ -591,6 +636,7 @@ def parse_arguments(argv):
     flag("--data-root", type=Path, help="where the teacher's data set is, if not where it was")
     flag("--clip", help="where the teacher's CLIP is, if not where it was")
     flag("--out", type=Path, help="the student's folder (default: the teacher's)")
+    flag("--cache", type=Path, help="folder for views (default: the student's)")
     flag("--seed", dest="student_seed", type=int, help="of the student's training (default: the "
          "teacher's)")
     flag("--device", help="default: cuda, else mps, else cpu")
@@ -611,6 +657,8 @@ def parse_arguments(argv):
     flag("--use-ground-truth-void", action="store_true", help="NOT unsupervised: open the training "
          "labels and leave out what they call void or background, as the authors' program does")
     flag("--pd", type=float, help="prompt denoising of the teacher (0: none)")
+    flag("--views", type=int, metavar="K", help="ask the teacher about K augmented views of each "
+         "image once, and train on these; 0: fresh views in every epoch")
     flag("--epochs", type=int)
     flag("--batch", type=int)
     flag("--lr", type=float)
@@ -627,9 +675,9 @@ def settings_of(args, teacher):
     given = {key: value for key, value in vars(args).items() if value is not None and key != "clip"}
     if args.losses is not None:
         given["losses"] = [name.strip() for name in args.losses.split(",")]
-    inherited = dict(dataset=t.dataset, data_root=t.data_root, method=t.method, preset=t.preset, seed=t.seed,
-                     student_seed=t.seed, workers=t.workers, mask_temperature=t.mask_temperature,
-                     sign=t.sign, patch=teacher.patch, teacher_weights=digest(teacher),
+    inherited = dict(dataset=t.dataset, data_root=t.data_root, method=t.method,
+                     preset=t.preset, seed=t.seed, student_seed=t.seed, workers=t.workers,
+                     mask_temperature=t.mask_temperature, sign=t.sign, patch=teacher.patch, teacher_weights=digest(teacher),
                      ignore_below=None)
     s = argparse.Namespace(**inherited | recipe(t.dataset, t.method) | given)
     if not s.losses or not set(s.losses) <= set(LOSSES):
@@ -642,6 +690,11 @@ def settings_of(args, teacher):
     for name in ("epochs", "batch", "lr"):
         if getattr(s, name) <= 0:
             raise UserError(f"--{name} is {getattr(s, name)}; expected more than 0")
+    if s.views < 0:
+        raise UserError(f"--views is {s.views}; expected 0 or more")
+    if s.batch < world():
+        raise UserError(f"--batch is {s.batch}, for {world()} processes; expected one image each "
+                        "at least")
     for name in ("pd", "ignore_below"):
         if not 0 <= (getattr(s, name) or 0) <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected 0 to 1")
@@ -664,6 +717,7 @@ def main(argv=None):
     teacher = open_teacher(path, device, args.clip)
     t, s = teacher.settings, settings_of(args, teacher)
     s.teacher, s.out, s.device = path, args.out or path.parent, str(device)
+    s.cache = args.cache or s.out
     s.amp = device.type == "cuda" if args.amp is None else args.amp
     data = open_dataset(s.dataset, s.data_root, "train",
                         teacher.classes if s.dataset == "folder" else None, s.seed)
@@ -678,13 +732,19 @@ def main(argv=None):
           f"{count / 1e6:.1f} M parameters → {s.out}/")
 
     make_folder(s.out)
-    run = Run(s.out / "distill.pt", s, data, teacher.model, student)
-    hypothesis = None
-    if "text" in s.losses and t.hypothesis != "none":
-        t.amp, t.workers = s.amp, s.workers
-        hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, t,
-                                     path.parent / "hypotheses.jsonl", device).to(device)
-    train(s, data, teacher, student, hypothesis, run, device)
+    make_folder(s.cache)
+    with folder_lock(s.out / ".run.lock"):
+        run = Run(s.out / "distill.pt", s, data, teacher.model, student)
+        hypothesis = None
+        if "text" in s.losses and t.hypothesis != "none":
+            t.amp, t.workers = s.amp, s.workers
+            kept = Path(t.cache, "hypotheses.jsonl")  # unless the folder has moved since
+            kept = kept if kept.exists() else path.with_name(kept.name)
+            hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, t, kept,
+                                         device).to(device)
+        with run:
+            train(s, data, teacher, student, hypothesis, run, device)
+    barrier()  # the checkpoint is there
 
     options = ["--device", s.device, "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"]
     options += ["--data-root", str(s.data_root)] if s.data_root else []

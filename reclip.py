@@ -630,7 +630,9 @@ def train(s, data, model, rectifier, hypothesis, run, device):
                 return dense_features(visual, images, s.surgery).float()
 
     if s.views:  # CLIP is frozen: what it says of a view need be computed only once
-        views = make_views(views, s, model, encode, device)
+        facts = {key: getattr(s, key) for key in ("preset", "surgery", "activation")}
+        views = make_views(views, s, "views", facts | dict(clip=fingerprint(model)),
+                           lambda batch: dict(features=encode(batch).half()), device)
     batches = Batches(len(data), s.batch, s.epochs, s.seed, first)
     loader = batches.loader(views, s.workers, device)
     hypothesis = hypothesis.to(device)
@@ -714,56 +716,62 @@ class Batches:
 # ---- What CLIP says of the views, computed once (--views) ----------------------------------------
 
 
-class FixedViews(torch.utils.data.Dataset):
-    """Dense features of K views of each image, read from a file; epoch e has view e mod K.
+BLOCK = 16  # views that are encoded at once, and done or to be done again
 
-    They are the views that fresh augmentation gives in the first K epochs. features: float16
-    K×n×D×h×w, an array that may lie on disk.
+
+class FixedViews(torch.utils.data.Dataset):
+    """What a frozen network says of K views of each image, from a file; epoch e has view e mod K.
+
+    They are the views that fresh augmentation gives in the first K epochs. records: K×n, an array
+    with a named field for each thing that is kept of a view; it may lie on disk.
     """
 
-    def __init__(self, features):
-        self.features = features
+    def __init__(self, records):
+        self.records = records
 
     def __getitem__(self, batch):
-        """A list of (epoch, index) of one epoch → index, int64 B, and features, float16 B×D×h×w."""
+        """A list of (epoch, index) of one epoch → index, int64 B, and B×… of each field by name."""
         index = [i for _, i in batch]
-        view = batch[0][0] % len(self.features)
-        return dict(index=torch.tensor(index), features=torch.from_numpy(self.features[view][index]))
+        rows = self.records[batch[0][0] % len(self.records)][index]
+        fields = {name: torch.from_numpy(np.ascontiguousarray(rows[name]))
+                  for name in rows.dtype.names}
+        return dict(index=torch.tensor(index), **fields)
 
 
 @torch.no_grad()
-def make_views(views, s, model, encode, device):
+def make_views(views, s, name, facts, encode, device):
     """FixedViews of s.views views per image, made once and kept in a memory-mapped file.
 
-    views: TrainingViews; s: settings cache, views, seed, amp, workers and those of the views;
-    encode: a batch of `views` → features B×D×h×w. While it grows the file is called views.npy.part,
-    and views.done tells which of its blocks are there, so that an interrupted run goes on; several
+    views: TrainingViews; s: settings cache, views, amp, workers; name: of the file; facts: plain
+    values, on which what `encode` gives depends; encode: a batch of `views` → {name: tensor B×…} of
+    what is to be kept, in the types to be kept. While it grows the file is called NAME.npy.part,
+    and NAME.done tells which of its blocks are there, so that an interrupted run goes on; several
     processes share the work. Raises UserError for a file made with other settings, a damaged one,
     and too small a disk.
     """
     data, K, n = views.data, s.views, len(views)
-    path, part, done_path = (s.cache / name for name in ("views.npy", "views.npy.part",
-                                                         "views.done"))
-    blocks = [(k, rows) for k in range(K) for rows in torch.arange(n).split(16)]
-    first = [views[0, int(blocks[0][1][0])]]
-    shape = (K, n, *encode(torch.utils.data.default_collate(first)).shape[1:])
+    path, part, done_path = (s.cache / f"{name}{end}" for end in (".npy", ".npy.part", ".done"))
+    blocks = [(k, rows) for k in range(K) for rows in torch.arange(n).split(BLOCK)]
     header = dict(data=data.name, ids=hashlib.sha256("\n".join(data.ids).encode()).hexdigest()[:16],
-                  clip=fingerprint(model), views=K, amp=s.amp,
-                  **{key: plain(s)[key] for key in ("seed", "preset", "surgery", "activation")},
-                  scale=list(s.scale), crop=s.crop, ratio=list(s.ratio), distort=s.distort)
-    gigabytes = 2 * math.prod(shape) / 1e9
+                  views=K, amp=s.amp, seed=views.seed, scale=list(views.scale), crop=views.crop,
+                  ratio=list(views.ratio), distort=views.distort, **facts)
     with folder_lock(s.cache / ".cache.lock", wait=True):
         barrier()
-        check_header(s.cache / "views.json", header)
+        check_header(s.cache / f"{name}.json", header)
         if not path.exists():
+            sample = encode(torch.utils.data.default_collate([views[0, 0]]))
+            kind = np.dtype([(key, value[0].cpu().numpy().dtype, tuple(value.shape[1:]))
+                             for key, value in sample.items()])
+            gigabytes = K * n * kind.itemsize / 1e9
             print(f"views: {K} of each image, {gigabytes:.2f} GB → {path}", flush=True)
             if rank() == 0 and not (part.exists() and done_path.exists()):
-                allocate(part, shape)
+                allocate(part, (K, n), kind)
                 done_path.write_bytes(bytes(len(blocks)))
             barrier()
-            features = open_array(part, shape, "r+")
+            records = open_array(part, (K, n), "r+", kind)
             done = np.memmap(done_path, np.uint8, "r+", shape=len(blocks))
             left = [i for i in range(len(blocks)) if not done[i]]
+            barrier()  # before any process adds to what the others read
             own = left[rank()::world()]
             sampler = [[(blocks[i][0], int(row)) for row in blocks[i][1]] for i in own]
             loader = torch.utils.data.DataLoader(views, batch_sampler=sampler,
@@ -772,17 +780,18 @@ def make_views(views, s, model, encode, device):
             progress = Progress("views", K * n, K * n - sum(len(blocks[i][1]) for i in left))
             for i, batch in zip(own, loader):
                 k, rows = blocks[i]
-                features[k, rows[0] : rows[-1] + 1] = encode(batch).half().cpu().numpy()
+                for key, value in encode(batch).items():
+                    records[key][k, rows[0] : rows[-1] + 1] = value.cpu().numpy()
                 done[i] = 1
                 progress.advance(len(rows) * world())
             progress.close()
-            features.flush()
+            records.flush()
             barrier()
             if rank() == 0:
                 os.replace(part, path)
                 done_path.unlink()
             barrier()
-    return FixedViews(open_array(path, shape, "r"))
+    return FixedViews(open_array(path, (K, n)))
 
 
 def check_header(path, header):
@@ -795,31 +804,31 @@ def check_header(path, header):
         write_text(path, json.dumps(header, indent=1) + "\n")
     if old not in (None, header):
         raise UserError(f"the features beside {path} were made with other settings or another CLIP, "
-                        "or are damaged; delete them (views.*) or choose another folder with "
-                        "--cache or --out")
+                        f"or are damaged; delete them ({path.stem}.*) or choose another folder "
+                        "with --cache or --out")
 
 
-def allocate(path, shape):
-    """Make an .npy file of float16 zeros whose bytes are there: a write to it cannot fail later."""
-    size, free = 2 * math.prod(shape), shutil.disk_usage(path.parent).free
+def allocate(path, shape, kind):
+    """Make an .npy file of zeros whose bytes are there: a write to it cannot fail later."""
+    size, free = kind.itemsize * math.prod(shape), shutil.disk_usage(path.parent).free
     if size > free:
         raise UserError(f"{path} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
                         "choose another folder with --cache, fewer --views, or --views 0")
     path.unlink(missing_ok=True)
-    del_me = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    del_me = np.lib.format.open_memmap(path, "w+", kind, shape)
     del del_me
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 
-def open_array(path, shape, mode):
+def open_array(path, shape, mode="r", kind=None):
     """The .npy file of `allocate`, memory-mapped. Raises UserError for another one."""
     try:
         array = np.lib.format.open_memmap(path, mode)
     except (OSError, ValueError):
         array = None
-    if array is None or array.shape != shape or array.dtype != np.float16:
+    if array is None or array.shape != shape or kind not in (None, array.dtype):
         raise UserError(f"{path} is damaged; delete it, and it will be made again")
     return array
 

@@ -203,6 +203,19 @@ def test_losses_without_a_pixel_are_zero():
     assert distill.feature_loss(Z, Z_hat, labels != VOID) == 0
 
 
+def test_losses_of_shares_are_those_of_the_whole():
+    Z, Z_hat, logits = torch.randn(3, 4, 7, 6, 5).unbind()
+    labels = torch.randint(7, (4, 41, 33)).where(torch.rand(4, 41, 33) > 0.3, VOID)
+    labels[3] = VOID  # the share of a process that has no image left
+    count = (labels != VOID).sum() / 2  # the mean of two processes
+    whole, shares = [], []
+    for parts, losses in ((slice(0, 4), whole), (slice(0, 1), shares), (slice(1, 4), shares)):
+        y, given = labels[parts], () if losses is whole else (count,)
+        losses.append(distill.mask_loss(logits[parts], y, *given)
+                      + distill.feature_loss(Z[parts], Z_hat[parts], y != VOID, *given))
+    torch.testing.assert_close(sum(shares) / 2, whole[0])
+
+
 @pytest.mark.parametrize("name", distill.LOSSES)
 def test_every_loss_reaches_the_backbone_and_nothing_inherited(teachers, name):
     student, teacher, views = student_of(teachers["reclip++"])
@@ -289,7 +302,7 @@ def test_training(teachers, method, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [(), (
     "--text-masks", "student", "--head", "learned", "--losses", "text,mask", "--pd", "0.1",
-    "--ignore-below", "0.9")])
+    "--ignore-below", "0.9"), ("--views", "1")])
 def test_interrupted_and_resumed_is_uninterrupted(teachers, tmp_path, monkeypatch, options):
     whole = run(teachers["reclip++"], tmp_path / "whole", *options)
 
@@ -330,6 +343,44 @@ def test_no_label_is_opened_but_on_request(root, teachers, tmp_path, monkeypatch
     assert "has no training labels" in capsys.readouterr().err
 
 
+def test_views_are_asked_about_once(teachers, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments, teach=distill.teach, calls=[]):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return teach(*arguments)
+
+    options = ("--views", "2", "--epochs", "4", "--cache", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "teach", interrupt)
+        patch.setattr(reclip, "BLOCK", 2)  # views
+        with pytest.raises(SystemExit):
+            run(teachers["reclip++"], tmp_path / "a", *options)
+        assert not (tmp_path / "cache" / "views-distill.npy").exists()
+        expected = run(teachers["reclip++"], tmp_path / "a", *options)
+    records = np.load(tmp_path / "cache" / "views-distill.npy")
+    assert records.shape == (2, 5)
+    assert records["view"].shape[2:] == (3, 48, 48) and records["labels"].dtype == np.uint8
+    # They are what the teacher says of the views of the first two epochs.
+    source = data.open_dataset("voc", expected["settings"]["data_root"], "train")
+    views = data.TrainingViews(source, (48, 48), 48, (0.5, 2.0), True, 0)
+    teacher, s = distill.open_teacher(teachers["reclip++"]), expected["settings"]
+    for k, i in ((0, 3), (1, 0)):
+        item = views[k, i]
+        Z, labels = distill.teach(teacher, item["view"][None], item["size"][None], s["pd"])
+        assert np.array_equal(records["view"][k, i], item["view"])
+        assert records["size"][k, i].tolist() == item["size"].tolist()
+        assert (records["labels"][k, i] == labels[0].numpy()).mean() > 0.99
+        torch.testing.assert_close(torch.from_numpy(records["Z"][k, i]).float(), Z[0], rtol=2e-3,
+                                   atol=2e-3)
+    monkeypatch.setattr(distill, "teach", None)  # another run asks nothing
+    again = run(teachers["reclip++"], tmp_path / "b", *options)
+    assert same(expected["state"], again["state"])
+    with pytest.raises(SystemExit):
+        run(teachers["reclip++"], tmp_path / "c", *options, "--pd", "0.5")
+    assert "views-distill.json were made with other settings" in capsys.readouterr().err
+
+
 def test_newest_teacher(teachers, tmp_path):
     with pytest.raises(UserError, match="run python reclip.py first"):
         distill.newest_teacher(tmp_path)
@@ -348,6 +399,7 @@ def test_newest_teacher(teachers, tmp_path):
     (["--backbone", "imagenet"], "small has no ImageNet weights"),
     (["--student", "resnet50", "--backbone", "nowhere.pth"], "no file nowhere.pth"),
     (["--epochs", "0"], "--epochs is 0"),
+    (["--views", "-1"], "--views is -1; expected 0 or more"),
     (["--lr", "-1"], "--lr is -1.0"),
     (["--pd", "2"], "--pd is 2.0; expected 0 to 1"),
     (["--ignore-below", "1.5"], "--ignore-below is 1.5"),

@@ -41,18 +41,19 @@ def encoded(monkeypatch):
 def test_as_many_views_as_epochs_are_fresh_views(demo):
     fresh, fixed = demo("--views", 0, out="fresh"), demo("--views", 3, out="fixed")
     assert not (fresh / "views.npy").exists()
-    features = np.load(fixed / "views.npy")
+    features = np.load(fixed / "views.npy")["features"]
     assert features.shape == (3, 24, 64, 12, 12) and features.dtype == np.float16
     for name, value in learned(fresh)["state"].items():  # apart by float16 alone
         torch.testing.assert_close(learned(fixed)["state"][name], value, atol=2e-3, rtol=2e-2)
     two = demo("--views", 2, out="two")
-    assert np.array_equal(np.load(two / "views.npy"), features[:2])
+    assert np.array_equal(np.load(two / "views.npy")["features"], features[:2])
     assert not same(learned(two)["state"], learned(fixed)["state"])
 
 
 def test_epochs_after_the_last_view_begin_again():
-    features = torch.arange(2 * 4).half().reshape(2, 4, 1, 1, 1).numpy()
-    views = reclip.FixedViews(features)
+    records = np.zeros((2, 4), [("features", np.float16, (1, 1, 1))])
+    records["features"] = np.arange(2 * 4).reshape(2, 4, 1, 1, 1)
+    views = reclip.FixedViews(records)
     for epoch in range(5):
         batch = views[[(epoch, 3), (epoch, 1)]]
         assert batch["index"].tolist() == [3, 1]

@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -28,8 +29,8 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, c
 from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, barrier, classify,
                     contrastive_loss, dense_features, fingerprint, folder_lock, gumbel_masks,
                     gumbel_noise, load_checkpoint, make_folder, make_hypotheses, make_views,
-                    masked_pooling, mean_over_processes, open_rectified, parallel, pick_device,
-                    plain, resized_positions, world)
+                    masked_pooling, open_rectified, parallel, pick_device, plain,
+                    resized_positions, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -518,6 +519,14 @@ def recipe(dataset, method):
 
 # ------------------------------------------------------------------------------------------------
 # Training
+
+
+def mean_over_processes(value):
+    """The mean of a 0-dim float tensor over all processes, in each of them."""
+    if world() > 1:
+        dist.all_reduce(value)
+        value = value / world()
+    return value
 
 
 def train(s, data, teacher, student, hypothesis, run, device):

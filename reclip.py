@@ -198,23 +198,24 @@ def encode_shared_prefix(model, prefix, suffix):
     out at the largest id of its ending, which is the end token. Returns C×D, not normalised.
     """
     P, (C, S) = len(prefix), suffix.shape
-    # The endings are packed: y holds the N tokens up to each end token, and `slot` their places in
-    # the C·S of the padded table, which only attention within an ending needs.
+    # The endings are packed: only their N tokens up to each end token are there. `slot` is their
+    # place in the C·S of the padded table, which only attention within an ending needs.
     used = torch.arange(S, device=suffix.device) <= suffix.argmax(1, keepdim=True)
     slot, last_token = used.flatten().nonzero()[:, 0], used.sum(1).cumsum(0) - 1
-    x = prefix + model.positional_embedding[:P]  # P×width, for all texts
-    y = (model.token_embedding(suffix) + model.positional_embedding[P : P + S])[used]  # N×width
+    prefix = prefix + model.positional_embedding[:P]  # for all texts
+    endings = (model.token_embedding(suffix) + model.positional_embedding[P : P + S])[used]
+    x = torch.cat([prefix, endings])  # (P+N)×width: one product each for all that is per token
     *blocks, last = model.transformer.resblocks
     for block in blocks:
-        shared, own = project(block, x), project(block, y)
-        y = y + attend_to_shared(block.attn, own[0], slot, *shared[1:], *own[1:], slot, used)
-        y = y + block.mlp(block.ln_2(y))
-        x = x + block.attn.mix(*(part[None] for part in shared))[0]
+        q, k, v = project(block, x)
+        shared = F.scaled_dot_product_attention(q[:, :P], k[:, :P], v[:, :P], is_causal=True)
+        own = attend_to_shared(q[:, P:], slot, k, v, slot, used)
+        x = x + block.attn.out_proj(torch.cat([shared, own], 1).transpose(0, 1).flatten(1))
         x = x + block.mlp(block.ln_2(x))
     # Of the last block only the outputs at the end tokens matter.
-    (_, *shared), (q, *own) = project(last, x), project(last, y)
-    y, q, ends = y[last_token], q[:, last_token], slot[last_token]
-    y = y + attend_to_shared(last.attn, q, ends, *shared, *own, slot, used)
+    q, k, v = project(last, x)
+    own = attend_to_shared(q[:, P:][:, last_token], slot[last_token], k, v, slot, used)
+    y = x[P:][last_token] + last.attn.out_proj(own.transpose(0, 1).flatten(1))
     y = y + last.mlp(last.ln_2(y))
     return model.ln_final(y) @ model.text_projection
 
@@ -224,25 +225,24 @@ def project(block, x):
     return [part[0] for part in block.attn.project(block.ln_1(x)[None])]
 
 
-def attend_to_shared(attention, q, q_slot, shared_k, shared_v, k, v, slot, used):
+def attend_to_shared(q, q_slot, k, v, slot, used):
     """Attention of packed tokens over a shared beginning and, causally, over their own ending.
 
-    q: heads×M×d at the places q_slot of the padded C×S table `used`; shared_k, shared_v:
-    heads×P×d; k, v: heads×N×d at the places slot. Returns M×width.
+    q: heads×M×d at the places q_slot of the padded C×S table `used`; k, v: heads×(P+N)×d, those of
+    the beginning first, then those at the places slot. Returns heads×M×d.
     """
-    (C, S), P, d = used.shape, shared_k.shape[1], q.shape[2]
+    (C, S), P, d = used.shape, k.shape[1] - len(slot), q.shape[2]
 
     def pad(part, place):  # heads×M×… → heads×C×S×…, zeros where no token is
         table = part.new_zeros(len(part), C * S, part.shape[2])
         return table.index_copy(1, place, part).unflatten(1, (C, S))
 
     later = torch.ones(S, S, dtype=torch.bool, device=used.device).triu(1)
-    own = (pad(q, q_slot) @ pad(k, slot).mT).masked_fill(later, -torch.inf)  # heads×C×S×S
-    scores = torch.cat([q @ shared_k.mT, own.flatten(1, 2)[:, q_slot]], -1)  # heads×M×(P+S)
+    own = (pad(q, q_slot) @ pad(k[:, P:], slot).mT).masked_fill(later, -torch.inf)  # heads×C×S×S
+    scores = torch.cat([q @ k[:, :P].mT, own.flatten(1, 2)[:, q_slot]], -1)  # heads×M×(P+S)
     weights = (scores * d**-0.5).softmax(-1)
-    own = pad(weights[..., P:], q_slot) @ pad(v, slot)
-    mixed = weights[..., :P] @ shared_v + own.flatten(1, 2)[:, q_slot]
-    return attention.out_proj(mixed.transpose(0, 1).flatten(1))
+    own = pad(weights[..., P:], q_slot) @ pad(v[:, P:], slot)
+    return weights[..., :P] @ v[:, :P] + own.flatten(1, 2)[:, q_slot]
 
 
 class PositionProjection(nn.Conv2d):

@@ -1262,6 +1262,10 @@ def check_arguments(args):
     if args.tables and (args.checkpoint or args.images or args.split != "val"):
         raise UserError("--tables trains what it evaluates; --checkpoint, --images and --split do "
                         "not go with it")
+    if args.tables and args.dataset == "folder":
+        raise UserError("--tables needs labels to measure with; --dataset folder has none")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: one is repeated")
     if args.method and not args.images:
         raise UserError("--method goes with --images; an evaluation shows every stage")
     if args.classes is not None and (args.method is None or args.checkpoint is not None):

@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -414,6 +415,12 @@ def font(size):
     return ImageFont.load_default(size)
 
 
+def save_png(picture, path):
+    """Write a whole PNG file under a temporary name, then rename it."""
+    picture.save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
+
+
 def in_colour(values):
     """Numbers from 0 (dark blue) to 1 (yellow) as colours: H×W → uint8 3×H×W."""
     place = values.clamp(0, 1) * (len(SCALE) - 1)
@@ -767,9 +774,10 @@ def predict(segment, stage, files, out, device, workers=0):
                 areas = {segment.classes[k]: round(share[k].item(), 4) for k in order}
                 picture = Image.fromarray(mask.to(torch.uint8).numpy())
                 picture.putpalette(colours.flatten().tolist())
-                picture.save(out / "masks" / f"{name}.png")
+                save_png(picture, out / "masks" / f"{name}.png")
                 entries = [(f"{segment.classes[k]} {share[k]:.1f} %", colours[k]) for k in order]
-                with_legend(image, mask, colours, entries).save(out / "overlays" / f"{name}.png")
+                overlaid = with_legend(image, mask, colours, entries)
+                save_png(overlaid, out / "overlays" / f"{name}.png")
                 line |= dict(mask=f"masks/{name}.png", overlay=f"overlays/{name}.png", stage=stage,
                              width=image.shape[2], height=image.shape[1], areas=areas)
             lines.write(json.dumps(line) + "\n")
@@ -796,8 +804,8 @@ def with_legend(image, mask, colours, entries, longest=1000, least=420):
 # ------------------------------------------------------------------------------------------------
 # Every table of the two papers, and Fig. 3 of ReCLIP++
 
-# A run of reclip.py: what it changes of plain ReCLIP++. A model without decoder wants the τ1 of
-# ReCLIP ({sharp}), one with a decoder, whose BatchNorm widens the logits, that of ReCLIP++ ({soft}).
+# Runs of reclip.py: what they change of plain ReCLIP++. A model without decoder wants the τ1 of
+# ReCLIP (sharp), one with a decoder, whose BatchNorm widens the logits, that of ReCLIP++ (soft).
 RECTIFIED = {
     "maskclip": "--method maskclip",
     "reclip": "--method reclip",
@@ -817,7 +825,7 @@ RECTIFIED = {
     "cosine": "--pooling cosine",
     "class-norm": "--wr-norm class",
 }
-# A run of distill.py: its teacher, and what it changes of the recipe.
+# Runs of distill.py: their teacher, and what they change of the recipe.
 DISTILLED = {
     "maskclip+": ("maskclip", ""),
     "reclip-distilled": ("reclip", ""),
@@ -917,21 +925,26 @@ SWEEPS = {  # of Fig. 3, beside the recipe's own values
 
 
 def all_runs(dataset):
-    """RECTIFIED with τ1 and Fig. 3 filled in, and the tables with Fig. 3's: {run: flags}, list."""
-    own = recipe(dataset)
+    """RECTIFIED and TABLES with τ1 and Fig. 3 filled in: {run: flags}, and a list of
+    dict(title, data_sets, reference, rows), each row a dict(label, run, measure, papers)."""
+    own, sweeps = recipe(dataset), SWEEPS.get(dataset, SWEEPS["others"])
     sharp, soft = (recipe(dataset, method=m)["mask_temperature"] for m in ("reclip", "reclip++"))
     runs = {name: flags.format(sharp=sharp, soft=soft) for name, flags in RECTIFIED.items()}
     tables = list(TABLES)
-    for title, letter, key in (("Fig. 3 a: threshold t of the hypotheses", "t", "threshold"),
-                               ("Fig. 3 b: relative size r of the crops", "r", "crop_ratio")):
+    for letter, key, title in (("t", "threshold", "Fig. 3 a: threshold t of the hypotheses"),
+                               ("r", "crop_ratio", "Fig. 3 b: relative size r of the crops")):
         rows = []
-        for value in sorted({own[key], *SWEEPS.get(dataset, SWEEPS["others"])[key]}):
-            name = "reclip++" if value == own[key] else f"{letter}-{value:.3g}"
-            runs.setdefault(name, f"--{key.replace('_', '-')} {value}")
-            rows.append((f"{letter} = {value:.3g}", name, "–"))
+        for value in sorted({own[key], *sweeps[key]}):
+            run = "reclip++" if value == own[key] else f"{letter}-{value:.3g}"
+            runs.setdefault(run, f"--{key.replace('_', '-')} {value}")
+            rows.append((f"{letter} = {value:.3g}", run, "–"))
         rows.append(("global hypotheses", "global", "–"))
         tables.append((f"{title}, rectified", "–", None, rows))
-    return runs, tables
+    number = lambda text: None if text == "–" else float(text)
+    return runs, [dict(title=title, data_sets=names.split(), reference=reference, rows=[
+        dict(label=label, run=run.split()[0], measure=(run.split() + ["miou"])[1],
+             papers=[*map(number, papers.split())]) for label, run, papers in rows])
+        for title, names, reference, rows in tables]
 
 
 def command_options(args):
@@ -959,7 +972,7 @@ def command(run, seed, runs, args):
 
 
 def measured(folder, run):
-    """{measure: value} of a run's results.json: of its own stage, and of that one's linear probe."""
+    """{measure: value} of a run's results.json: of its own stage, and its linear probe's mIoU."""
     path = Path(folder) / "results.json"
     stage = "distilled" if run in DISTILLED else "maskclip" if run == "maskclip" else "rectified"
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -986,27 +999,19 @@ def missing(script, run, words, needed):
 
 
 class Quiet:
-    """Where a run's output goes: to a file, and every few seconds a line of it to the terminal."""
+    """In place of sys.stdout: a run's output goes to a file, now and then a line to the user."""
 
-    def __init__(self, file, name):
-        self.file, self.name = file, name
-        self.terminal, self.shown = sys.stdout, time.monotonic()
+    def __init__(self, file, run):
+        self.file, self.run, self.stdout, self.shown = file, run, sys.stdout, time.monotonic()
+        self.flush, self.isatty = file.flush, lambda: False
 
     def write(self, text):
         self.file.write(text)
-        live = self.terminal.isatty()
+        live = self.stdout.isatty()
         if text.strip() and time.monotonic() - self.shown > (0.3 if live else 5):
-            line = f"{self.name}: {text.strip().splitlines()[0][:100]}"
-            print(line, end="\x1b[K\r" if live else "\n", file=self.terminal)
-            self.flush()
             self.shown = time.monotonic()
-
-    def flush(self):
-        self.file.flush()
-        self.terminal.flush()
-
-    def isatty(self):
-        return False
+            print(f"{self.run}: {text.strip()[:100]}", end="\x1b[K\r" if live else "\n",
+                  file=self.stdout, flush=True)
 
 
 def make_runs(runs, tables, args):
@@ -1016,16 +1021,13 @@ def make_runs(runs, tables, args):
     """
     import distill  # which needs this module
     needed = {run: set() for run in (*runs, *DISTILLED)}  # teachers before students
-    for *_, rows in tables:
-        for _, row, _ in rows:
-            needed[row.split()[0]].add((row.split() + ["miou"])[1])
-    scripts, todo = dict(reclip=reclip, distill=distill), []
-    for seed in args.seeds:
-        for run, measures in needed.items():
-            name, words = command(run, seed, runs, args)
-            if missing(scripts[name], run, words, measures):
-                todo.append((seed, run, scripts[name], words))
-    total = len(args.seeds) * len(needed)
+    for row in (row for table in tables for row in table["rows"]):
+        needed[row["run"]].add(row["measure"])
+    scripts, todo, total = dict(reclip=reclip, distill=distill), [], len(args.seeds) * len(needed)
+    for seed, run in itertools.product(args.seeds, needed):
+        name, words = command(run, seed, runs, args)
+        if missing(scripts[name], run, words, needed[run]):
+            todo.append((seed, run, scripts[name], words))
     print(f"{total} runs, {len(todo)} of them still to be made → {args.out}/", flush=True)
     progress = Progress("tables", total, total - len(todo))
     for seed, run, script, words in todo:
@@ -1036,10 +1038,10 @@ def make_runs(runs, tables, args):
                 if missing(script, run, words, {"miou"}):
                     script.main(words)
                 left = missing(script, run, words, needed[run])
-                more = ["--linear-probe"] * ("linear_probe" in left) + ["--bias"] * (
-                    not left <= {"linear_probe"})
-                if more:
-                    main(["--checkpoint", f"{folder}/{script.__name__}.pt", *more,
+                flags = ["--linear-probe"] * ("linear_probe" in left)
+                flags += ["--bias"] * bool(left - {"linear_probe"})
+                if flags:
+                    main(["--checkpoint", f"{folder}/{script.__name__}.pt", *flags,
                           *command_options(args)])
         progress.advance(1)
     progress.close()
@@ -1063,29 +1065,24 @@ def direction(ours, reference, theirs, their_reference):
     return "same" if mean * sum(gaps) > 0 else "opposite"
 
 
-def collect(runs, tables, args):
-    """The tables with our numbers: list of dict(title, data_sets, rows), for tables.json."""
-    collected = []
-    for title, data_sets, place, rows in tables:
-        lines = []
-        for label, row, papers in rows:
-            run, measure = (row.split() + ["miou"])[:2]
-            values = [measured(args.out / f"{run}-{seed}", run)[measure] for seed in args.seeds]
+def collect(tables, args):
+    """Add to each row of the tables of `all_runs`, for tables.json: our values, a value a seed, n,
+    mean and sd (None where there is none), and direction."""
+    for table in tables:
+        for row in table["rows"]:
+            values = [measured(args.out / f"{row['run']}-{seed}", row["run"])[row["measure"]]
+                      for seed in args.seeds]
             known = None not in values
-            lines.append(dict(
-                label=label, run=run, measure=measure, seeds=args.seeds, values=values,
-                n=len(values), mean=statistics.mean(values) if known else None,
-                sd=statistics.stdev(values) if known and len(values) > 1 else None,
-                papers=[None if x == "–" else float(x) for x in papers.split()], direction=None))
-        for line in lines if place is not None else ():
-            last = lines[place]
-            line["direction"] = "reference" if line is last else direction(
-                line["values"], last["values"], line["papers"], last["papers"])
-        collected.append(dict(title=title, papers_data_sets=data_sets.split(), rows=lines))
-    return collected
+            row |= dict(seeds=args.seeds, values=values, n=len(values), direction=None,
+                        mean=statistics.mean(values) if known else None,
+                        sd=statistics.stdev(values) if known and len(values) > 1 else None)
+        for row in table["rows"] if table["reference"] is not None else ():
+            other = table["rows"][table["reference"]]
+            row["direction"] = "reference" if row is other else direction(
+                row["values"], other["values"], row["papers"], other["papers"])
 
 
-NOTE = """Ours: mean ± standard deviation over {n} (seeds {seeds}), on the validation images of
+NOTE = """Ours: mean ± standard deviation over n = {n} seeds ({seeds}), on the validation images of
 {dataset}. *Theirs*: the number of the papers for the same row, on the data set named, which is
 not ours; none of it was measured here. mIoU in per cent unless the title says otherwise.
 
@@ -1099,64 +1096,58 @@ ReCLIP++'s; a command has --mask-temperature where this is not its own method's.
 """
 
 
-def markdown(collected, runs, args):
-    """What `collect` gives as text in Markdown, with the command of every run at the end."""
-    seeds = " ".join(map(str, args.seeds))
-    count = "1 seed" if len(args.seeds) == 1 else f"{len(args.seeds)} seeds"
-    lines = [NOTE.format(n=count, seeds=seeds, dataset=args.dataset)]
-    for table in collected:
-        theirs = [f"*theirs, {name}*".replace(", –", "") for name in table["papers_data_sets"]]
+def markdown(tables, runs, args):
+    """Tables with our numbers as text in Markdown, with the command of every run at the end."""
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    lines = [NOTE.format(n=len(args.seeds), seeds=", ".join(map(str, args.seeds)),
+                         dataset=args.dataset)]
+    for table in tables:
+        theirs = [f"*theirs, {name}*".replace(", –", "") for name in table["data_sets"]]
         heads = ["", f"ours, {args.dataset}", *theirs, "direction", "run"]
-        lines += [f"### {table['title']}\n", " | ".join(["", *heads, ""]).strip(),
-                  "|---" * len(heads) + "|"]
+        lines += [f"### {table['title']}\n", line(heads), "|---" * len(heads) + "|"]
         for row in table["rows"]:
             digits = 2 if row["measure"].endswith("preference") else 1
-            ours = "–" if row["mean"] is None else f"{row['mean']:.{digits}f}"
-            ours += "" if row["sd"] is None else f" ± {row['sd']:.{digits}f}"
-            theirs = ["–" if x is None else f"*{x:.{digits}f}*" for x in row["papers"]]
+            show = lambda value: "–" if value is None else f"{value:.{digits}f}"
+            ours = show(row["mean"]) + ("" if row["sd"] is None else f" ± {show(row['sd'])}")
+            theirs = ["–" if value is None else f"*{show(value)}*" for value in row["papers"]]
             mark = {None: "–", "opposite": "**opposite**"}.get(row["direction"], row["direction"])
-            lines.append("| " + " | ".join([row["label"], ours, *theirs, mark, row["run"]]) + " |")
+            lines.append(line([row["label"], ours, *theirs, mark, row["run"]]))
         lines.append("")
     lines += [f"### Runs, with seed {args.seeds[0]}\n", "| run | command |", "|---|---|"]
-    for run in dict.fromkeys(row["run"] for table in collected for row in table["rows"]):
-        name, words = command(run, args.seeds[0], runs, args)
-        lines.append(f"| {run} | `python {name}.py {' '.join(words)}` |")
+    for run in (*runs, *DISTILLED):
+        script, words = command(run, args.seeds[0], runs, args)
+        lines.append(line([run, f"`python {script}.py {' '.join(words)}`"]))
     return "\n".join(lines) + "\n"
 
 
-def sensitivity_figure(collected):
+def sensitivity_figure(tables):
     """Fig. 3: mIoU against t and r beside that of the global hypotheses; a PIL image.
 
-    collected: as `collect` gives it, of which the tables of Fig. 3 are used.
+    tables: those of Fig. 3 with our numbers.
     """
-    panels = []
-    for table in collected:
-        if table["title"].startswith("Fig. 3"):
-            *rows, last = table["rows"]
-            xs = [float(row["label"].split()[-1]) for row in rows]
-            point = lambda x, row: (x, row["mean"], row["sd"] or 0)
-            lines = [("hypotheses of crops", COLOURS["rectified"], list(map(point, xs, rows))),
-                     (last["label"], COLOURS["distilled"], [point(xs[i], last) for i in (0, -1)])]
-            panels.append(chart(lines, xs, rows[0]["label"].split()[0], width=940, height=800))
+    panels, point = [], lambda x, row: (x, row["mean"], row["sd"] or 0)
+    for *rows, last in (table["rows"] for table in tables):
+        xs = [float(row["label"].split()[-1]) for row in rows]
+        lines = [("hypotheses of crops", COLOURS["rectified"], [*map(point, xs, rows)]),
+                 (last["label"], COLOURS["distilled"], [point(xs[i], last) for i in (0, -1)])]
+        panels.append(chart(lines, xs, rows[0]["label"].split()[0], width=940, height=800))
     return beside(panels)
 
 
 def make_tables(args):
     """--tables. Returns what tables.json holds. Raises UserError where there is no ground truth."""
-    names = [split for split in ("train", "val")
-             if not open_dataset(args.dataset, args.data_root, split).has_labels]
-    if names:
-        raise UserError(f"--tables needs labels to measure with; {args.dataset} has none in its "
-                        f"{' and '.join(names)} split")
+    for split in "train", "val":
+        if not open_dataset(args.dataset, args.data_root, split).has_labels:
+            raise UserError(f"--tables needs labels to measure with; {args.dataset} has none in "
+                            f"its {split} split")
     runs, tables = all_runs(args.dataset)
     make_runs(runs, tables, args)
-    collected = collect(runs, tables, args)
-    text = markdown(collected, runs, args)
-    write_text(args.out / "tables.json", json.dumps(collected, indent=1, ensure_ascii=False) + "\n")
-    write_text(args.out / "tables.md", text)
-    sensitivity_figure(collected).save(args.out / "fig3.png")
+    collect(tables, args)
+    write_text(args.out / "tables.json", json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
+    write_text(args.out / "tables.md", markdown(tables, runs, args))
+    save_png(sensitivity_figure(tables[-2:]), args.out / "fig3.png")
     print(f"→ {args.out}/tables.md, tables.json, fig3.png")
-    return collected
+    return tables
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1308,7 +1299,7 @@ def draw_figures(segmenters, data, confusions, device, out):
     curves = {name: distance_curve(confusion[:-1]) for name, confusion in confusions.items()}
     figures["distance"] = distance_figure(curves)
     for name, figure in figures.items():
-        figure.save(out / f"{name}.png")
+        save_png(figure, out / f"{name}.png")
         print(f"→ {out / name}.png")
 
 

@@ -54,11 +54,11 @@ def options(out, *seeds, **others):
 def test_every_row_has_a_command_and_every_command_parses(dataset, tmp_path):
     runs, tables = all_runs(dataset)
     used = set()
-    for title, data_sets, place, rows in tables:
-        assert place is None or rows[place]
-        for label, row, papers in rows:
-            used.add(row.split()[0])
-            assert len(papers.split()) == len(data_sets.split()), (title, label)
+    for table in tables:
+        assert table["reference"] is None or table["rows"][table["reference"]]
+        for row in table["rows"]:
+            used.add(row["run"])
+            assert len(row["papers"]) == len(table["data_sets"]), (table["title"], row["label"])
     assert used == {*runs, *evaluate.DISTILLED}  # nothing is trained that no row shows
     assert {teacher for teacher, _ in evaluate.DISTILLED.values()} <= runs.keys()
     args, found = options(tmp_path, 3, dataset=dataset, data_root=tmp_path), {}
@@ -128,27 +128,27 @@ def test_means_and_marks_of_the_papers_numbers(few, tmp_path):
             (tmp_path / f"{name}-{seed}" / "results.json").write_text(json.dumps(results))
     args = options(tmp_path, 0, 1, 2)
     runs, tables = all_runs("shapes")
-    collected = collect(runs, tables, args)
-    first, second, *sweeps = collected
+    collect(tables, args)
+    first, second, *sweeps = tables
     maskclip, rectified, distilled = first["rows"]
     assert (maskclip["mean"], maskclip["n"]) == (53, 3)
     assert maskclip["sd"] == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
     assert (rectified["mean"], rectified["sd"]) == (43, 3)
     assert rectified["papers"] == [73.5, 13.5] and maskclip["papers"] == [49.5, None]
-    assert first["papers_data_sets"] == ["VOC", "ADE"]
+    assert first["data_sets"] == ["VOC", "ADE"]
     assert [row["direction"] for row in first["rows"]] == ["reference", "opposite", "same"]
     assert [row["mean"] for row in second["rows"]] == pytest.approx([0.43, 63])
     assert [row["label"] for row in sweeps[0]["rows"]] == ["t = 0.12", "t = 0.24",
                                                            "global hypotheses"]
-    said = markdown(collected, runs, args)
+    said = markdown(tables, runs, args)
     assert "| ReCLIP++ | 43.0 ± 3.0 | *73.5* | *13.5* | **opposite** | reclip++ |" in said
     assert "|  | ours, shapes | *theirs, VOC* | *theirs, ADE* | direction | run |" in said
     assert "| class | 0.43 ± 0.03 | *0.37* | – | reclip++ |" in said
-    assert "3 seeds (seeds 0 1 2)" in said and "none of it was measured here" in said
-    alone = collect(runs, tables, options(tmp_path, 1))[0]["rows"]
-    assert [(row["mean"], row["sd"], row["n"]) for row in alone] == [
+    assert "over n = 3 seeds (0, 1, 2)" in said and "none of it was measured here" in said
+    assert evaluate.sensitivity_figure(sweeps).height == 400
+    collect(tables, options(tmp_path, 1))
+    assert [(row["mean"], row["sd"], row["n"]) for row in first["rows"]] == [
         (52, None, 1), (43, None, 1), (61, None, 1)]
-    assert evaluate.sensitivity_figure(collected).height == 400
 
 
 # ---- The whole of it ---------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_mistakes(voc_root, capsys, tmp_path):
     for path in voc_root.rglob("SegmentationClass/*.png"):
         path.unlink()
     for words, message in [
-        (("--dataset", "voc", "--data-root", voc_root), "voc has none in its train and val split"),
+        (("--dataset", "voc", "--data-root", voc_root), "voc has none in its train split"),
         (("--dataset", "folder"), "--dataset folder has none"),
         (("--dataset", "coco"), 'no data set "coco"'),
         (("--checkpoint", "reclip.pt"), "--tables trains what it evaluates"),

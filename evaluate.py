@@ -1325,6 +1325,9 @@ def main(argv=None):
     args = parse_arguments(argv)
     check_arguments(args)
     if args.tables:
+        if "LOCAL_RANK" in os.environ:
+            raise UserError("--tables runs in one process, without torchrun; several may run at "
+                            "once, each with other --seeds")
         args.dataset, args.out = args.dataset or "shapes", args.out or Path("runs/tables")
         return make_tables(args)
     device = pick_device(args.device)

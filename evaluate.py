@@ -5,6 +5,7 @@
     python evaluate.py --bias --figures --linear-probe        more about it
     python evaluate.py --images my/photos one.jpg             masks of one's own images
     python evaluate.py --images my/photos --method maskclip --classes "cat, dog"    of CLIP alone
+    python evaluate.py --tables                               the papers' tables, on the demo
 
 Prints mIoU, pixel accuracy and the IoU of every class, and adds them to results.json beside the
 checkpoint. A rectification checkpoint of the authors' program (with --dataset) will do as well; its
@@ -12,11 +13,15 @@ results go to runs/, under its own name. Shapes: B images, C classes, h×w patch
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
+import os
 import re
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -25,12 +30,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
+import reclip
 from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette, draw_seed, evenly,
                   legend, list_folder, open_dataset, overlay, parse_classes, picture_sheet,
                   read_image, resize_to_scale)
-from reclip import (Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
-                    gather, load_checkpoint, load_clip, make_hypotheses, open_rectified,
-                    pick_device, plain_maskclip, query_features, rank, recipe, world, write_text)
+from reclip import (MACHINE, Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
+                    gather, load_checkpoint, load_clip, make_folder, make_hypotheses,
+                    open_rectified, pick_device, plain, plain_maskclip, query_features, rank,
+                    recipe, world, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -408,6 +415,12 @@ def font(size):
     return ImageFont.load_default(size)
 
 
+def save_png(picture, path):
+    """Write a whole PNG file under a temporary name, then rename it."""
+    picture.save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
+
+
 def in_colour(values):
     """Numbers from 0 (dark blue) to 1 (yellow) as colours: H×W → uint8 3×H×W."""
     place = values.clamp(0, 1) * (len(SCALE) - 1)
@@ -464,12 +477,7 @@ def heatmaps(segment, data, device, count=3, looked_at=24, cell=100):
         wrong = (confusion / confusion.sum().clamp(min=1)).fill_diagonal_(0)
         found.append((wrong.max().item(), i, divmod(int(wrong.argmax()), len(data.classes))))
     found = sorted(sorted(found)[-count:], key=lambda one: one[1])
-    blocks = [heatmap_block(segment, data, i, pair, device, cell) for _, i, pair in found]
-    step = blocks[0].width + 18
-    sheet = Image.new("RGB", (len(blocks) * step - 6, blocks[0].height), "white")
-    for n, block in enumerate(blocks):
-        sheet.paste(block, (6 + n * step, 0))
-    return sheet
+    return beside([heatmap_block(segment, data, i, pair, device, cell) for _, i, pair in found])
 
 
 def heatmap_block(segment, data, i, pair, device, cell):
@@ -536,9 +544,7 @@ def confusion_figure(confusions, classes, count=6, cell=44, top=128):
         title = f"{TITLES[name]} ({class_preference(confusions[name]):.2f})"
         draw.text((x + side // 2, 14), title, "black", font(17), anchor="mm")
         for c, k in enumerate(chosen):
-            head = Image.new("RGB", (top - 30, 20), "white")
-            ImageDraw.Draw(head).text((0, 10), classes[k], "black", font(15), anchor="lm")
-            sheet.paste(head.rotate(90, expand=True), (x + c * cell + cell // 2 - 10, 28))
+            upright(sheet, (x + c * cell + cell // 2 - 10, 28), classes[k], (top - 30, 20), 15)
             for r, true in enumerate(chosen):
                 value, x0, y0 = share[true, k].item(), x + c * cell, top + r * cell
                 colour = tuple(round(255 + value**0.7 * (end - 255)) for end in (20, 70, 150))
@@ -551,46 +557,75 @@ def confusion_figure(confusions, classes, count=6, cell=44, top=128):
     return sheet
 
 
-def distance_figure(curves, width=1800, height=960):
+def distance_figure(curves):
     """mIoU by an object's distance from the centre, one line per stage (Fig. 1 a); a PIL image.
 
-    curves: {stage: list as distance_curve's}. Drawn at twice its size, for smooth lines.
+    curves: {stage: list as distance_curve's}.
     """
-    left, top, right, bottom = 150, 40, width - 50, height - 120
-    known = [m for curve in curves.values() for m in curve if m is not None] or [0]
-    low, high = 10 * math.floor(min(known) / 10), 10 * math.floor(max(known) / 10 + 1)
+    bins, lines = max(map(len, curves.values())), []
+    for name, curve in curves.items():
+        slope = space_preference(curve)
+        lines.append((TITLES[name] + ("" if slope is None else f" (mean slope {slope:.2f})"),
+                      COLOURS[name], [((i + 0.5) / bins, miou, 0) for i, miou in enumerate(curve)]))
+    return chart(lines, [i / bins for i in range(bins + 1)],
+                 "distance of an object from the centre of the image (1: a corner)")
 
-    def place(distance, miou):
-        return (left + distance * (right - left),
+
+def chart(lines, ticks, title, width=1800, height=960):
+    """mIoU against a quantity: lines between points; a PIL image of half the size it is drawn at.
+
+    lines: (name, colour, points), a point is (x, mIoU or None, half the length of its error bar);
+    ticks: the values of x that are marked, in ascending order; title: what x is.
+    """
+    left, top, right, bottom = 150, 40 + 52 * len(lines), width - 50, height - 120
+    ends = [m + s for *_, points in lines for _, miou, sd in points if miou is not None
+            for m, s in ((miou, sd), (miou, -sd))] or [0]
+    step = next(step for step in (1, 2, 5, 10, 20) if max(ends) - min(ends) < 6 * step)
+    low, high = step * math.floor(min(ends) / step), step * math.floor(max(ends) / step + 1)
+
+    def place(x, miou):
+        return (left + (x - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left),
                 bottom - (miou - low) / (high - low) * (bottom - top))
 
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    for m in range(low, high + 1, 10):
-        draw.line([place(0, m), place(1, m)], (215, 215, 215), 2)
-        draw.text((left - 16, place(0, m)[1]), str(m), "black", font(32), anchor="rm")
-    bins = max(map(len, curves.values()))
-    for x in (left + i / bins * (right - left) for i in range(bins + 1)):
-        draw.line([(x, bottom), (x, bottom + 12)], "black", 2)
-        draw.text((x, bottom + 36), f"{(x - left) / (right - left):.1f}", "black", font(32),
-                  anchor="mm")
+    for m in range(low, high + 1, step):
+        draw.line([place(ticks[0], m), place(ticks[-1], m)], (215, 215, 215), 2)
+        draw.text((left - 16, place(ticks[0], m)[1]), str(m), "black", font(32), anchor="rm")
+    for tick in ticks:
+        x, y = place(tick, low)
+        draw.line([(x, y), (x, y + 12)], "black", 2)
+        draw.text((x, y + 36), f"{tick:.2g}", "black", font(32), anchor="mm")
     draw.line([(left, top), (left, bottom), (right, bottom)], "black", 2)
-    draw.text(((left + right) / 2, height - 32), "distance of an object from the centre of the "
-              "image (1: a corner)", "black", font(34), anchor="mm")
-    head = Image.new("RGB", (400, 48), "white")
-    ImageDraw.Draw(head).text((200, 24), "mIoU, per cent", "black", font(34), anchor="mm")
-    sheet.paste(head.rotate(90, expand=True), (20, (top + bottom) // 2 - 200))
-    for n, (name, curve) in enumerate(curves.items()):
-        points = [place((i + 0.5) / bins, m) for i, m in enumerate(curve) if m is not None]
-        for pair in zip(points, points[1:]):
-            draw.line(pair, COLOURS[name], 6)
-        for x, y in points:
-            draw.ellipse((x - 10, y - 10, x + 10, y + 10), COLOURS[name])
-        x, y, slope = right - 540, top + 28 + 52 * n, space_preference(curve)
-        draw.line([(x, y), (x + 72, y)], COLOURS[name], 6)
-        text = TITLES[name] + ("" if slope is None else f" (mean slope {slope:.2f})")
-        draw.text((x + 92, y), text, "black", font(32), anchor="lm")
+    draw.text(((left + right) / 2, height - 32), title, "black", font(34), anchor="mm")
+    upright(sheet, (20, (top + bottom) // 2 - 200), "mIoU, per cent", (400, 48), 34, "mm")
+    for n, (name, colour, points) in enumerate(lines):
+        points = [(*place(x, m), place(x, m + s)[1]) for x, m, s in points if m is not None]
+        draw.line([point[:2] for point in points], colour, 6)
+        for x, y, end in points:
+            draw.ellipse((x - 10, y - 10, x + 10, y + 10), colour)
+            draw.line([(x, end), (x, 2 * y - end)], colour, 3)
+        y = 30 + 52 * n
+        draw.line([(left, y), (left + 72, y)], colour, 6)
+        draw.text((left + 92, y), name, "black", font(32), anchor="lm")
     return sheet.resize((width // 2, height // 2), Image.Resampling.LANCZOS)
+
+
+def upright(sheet, corner, text, size, high, anchor="lm"):
+    """Write on a PIL image from bottom to top; size: (length, height) of the line."""
+    line = Image.new("RGB", size, "white")
+    x = size[0] // 2 if anchor == "mm" else 0
+    ImageDraw.Draw(line).text((x, size[1] // 2), text, "black", font(high), anchor=anchor)
+    sheet.paste(line.rotate(90, expand=True), corner)
+
+
+def beside(pictures, gap=18):
+    """PIL images of one size in a row, as one."""
+    step = pictures[0].width + gap
+    sheet = Image.new("RGB", (12 - gap + len(pictures) * step, pictures[0].height), "white")
+    for n, picture in enumerate(pictures):
+        sheet.paste(picture, (6 + n * step, 0))
+    return sheet
 
 
 # ------------------------------------------------------------------------------------------------
@@ -739,9 +774,10 @@ def predict(segment, stage, files, out, device, workers=0):
                 areas = {segment.classes[k]: round(share[k].item(), 4) for k in order}
                 picture = Image.fromarray(mask.to(torch.uint8).numpy())
                 picture.putpalette(colours.flatten().tolist())
-                picture.save(out / "masks" / f"{name}.png")
+                save_png(picture, out / "masks" / f"{name}.png")
                 entries = [(f"{segment.classes[k]} {share[k]:.1f} %", colours[k]) for k in order]
-                with_legend(image, mask, colours, entries).save(out / "overlays" / f"{name}.png")
+                overlaid = with_legend(image, mask, colours, entries)
+                save_png(overlaid, out / "overlays" / f"{name}.png")
                 line |= dict(mask=f"masks/{name}.png", overlay=f"overlays/{name}.png", stage=stage,
                              width=image.shape[2], height=image.shape[1], areas=areas)
             lines.write(json.dumps(line) + "\n")
@@ -763,6 +799,355 @@ def with_legend(image, mask, colours, entries, longest=1000, least=420):
     sheet.paste(picture, (0, 0))
     sheet.paste(names, (0, picture.height + 8))
     return sheet
+
+
+# ------------------------------------------------------------------------------------------------
+# Every table of the two papers, and Fig. 3 of ReCLIP++
+
+# Runs of reclip.py: what they change of plain ReCLIP++. A model without decoder wants the τ1 of
+# ReCLIP (sharp), one with a decoder, whose BatchNorm widens the logits, that of ReCLIP++ (soft).
+RECTIFIED = {
+    "maskclip": "--method maskclip",
+    "reclip": "--method reclip",
+    "reclip++": "",
+    "reclip-decoder": "--method reclip --decoder --mask-temperature {soft}",
+    "reclip-decoder-crops":
+        "--method reclip --decoder --mask-temperature {soft} --hypothesis crops",
+    "reclip-reference": "--method reclip --bias reference",
+    "reclip-reference-query": "--method reclip --bias reference --learn-query",
+    "reclip-add": "--method reclip --add",
+    "query": "--learn-query",
+    "add": "--add",
+    "tune-encoder": "--tune-encoder --views 0",
+    "global": "--hypothesis global",
+    "no-bias": "--bias none",
+    "no-decoder": "--no-decoder --mask-temperature {sharp}",
+    "cosine": "--pooling cosine",
+    "class-norm": "--wr-norm class",
+}
+# Runs of distill.py: their teacher, and what they change of the recipe.
+DISTILLED = {
+    "maskclip+": ("maskclip", ""),
+    "reclip-distilled": ("reclip", ""),
+    "reclip-mask": ("reclip", "--losses mask"),
+    "reclip-mask-feature": ("reclip", "--losses mask,feature"),
+    "reclip-learned": ("reclip", "--head learned"),
+    "reclip-query": ("reclip", "--head query"),
+    "reclip-query-bias": ("reclip", "--head query+bias"),
+    "reclip++-distilled": ("reclip++", ""),
+    "reclip++-mask": ("reclip++", "--losses mask"),
+    "reclip++-mask-feature": ("reclip++", "--losses mask,feature"),
+    "reclip++-learned": ("reclip++", "--head learned"),
+    "reclip++-query": ("reclip++", "--head query"),
+    "reclip++-query-bias": ("reclip++", "--head query+bias"),
+}
+# Title; data sets of the papers' numbers; the row that the others are compared with; rows: what it
+# is, run and, unless mIoU, measure, the papers' numbers.
+TABLES = (
+    ("Tables I and II: results", "VOC Context ADE Cityscapes Stuff", 0, (
+        ("MaskCLIP", "maskclip", "49.5 21.7 9.5 19.8 13.6"),
+        ("MaskCLIP+", "maskclip+", "70.0 31.1 12.2 25.2 19.5"),
+        ("ReCLIP, rectified", "reclip", "58.5 25.8 11.1 16.2 14.6"),
+        ("ReCLIP, distilled", "reclip-distilled", "75.8 33.8 14.3 19.9 20.3"),
+        ("ReCLIP++, rectified", "reclip++", "73.5 34.0 13.5 21.7 20.9"),
+        ("ReCLIP++, distilled", "reclip++-distilled", "79.2 34.5 14.5 26.9 23.2"))),
+    ("Table I: linear probes, which are trained with ground truth", "VOC Cityscapes Stuff", 3, (
+        ("MaskCLIP", "maskclip linear_probe", "– – –"),
+        ("MaskCLIP+", "maskclip+ linear_probe", "– – –"),
+        ("ReCLIP, rectified", "reclip linear_probe", "– – –"),
+        ("ReCLIP, distilled", "reclip-distilled linear_probe", "76.1 49.3 26.2"),
+        ("ReCLIP++, rectified", "reclip++ linear_probe", "– – –"),
+        ("ReCLIP++, distilled", "reclip++-distilled linear_probe", "80.3 54.1 29.5"))),
+    ("Table III: from ReCLIP to ReCLIP++, rectified", "VOC Context", 0, (
+        ("ReCLIP", "reclip", "58.5 25.8"),
+        ("+ decoder", "reclip-decoder", "68.6 27.8"),
+        ("+ hypotheses of crops", "reclip-decoder-crops", "70.4 33.1"),
+        ("+ independent biases (ReCLIP++)", "reclip++", "73.5 34.0"))),
+    ("Table IV: should the Query be learned?", "VOC Context", -1, (
+        ("learned", "query", "71.6 32.1"),
+        ("fixed (ReCLIP++)", "reclip++", "73.5 34.0"))),
+    ("Table V: subtract or add the bias", "VOC Context", -1, (
+        ("add", "add", "72.4 32.9"),
+        ("subtract (ReCLIP++)", "reclip++", "73.5 34.0"))),
+    ("Table VI: fine-tuning CLIP's image encoder", "VOC Context", -1, (
+        ("fine-tuned", "tune-encoder", "1.2 0.4"),
+        ("frozen (ReCLIP++)", "reclip++", "73.5 34.0"))),
+    ("Table VII: class-preference score", "Context", 0, (
+        ("MaskCLIP", "maskclip class_preference", "0.29"),
+        ("MaskCLIP+", "maskclip+ class_preference", "0.31"),
+        ("ReCLIP, rectified", "reclip class_preference", "0.33"),
+        ("ReCLIP++, rectified", "reclip++ class_preference", "0.37"))),
+    ("Table VII: space-preference score", "VOC", 0, (
+        ("MaskCLIP", "maskclip space_preference", "-0.50"),
+        ("MaskCLIP+", "maskclip+ space_preference", "-0.48"),
+        ("ReCLIP, rectified", "reclip space_preference", "-0.41"),
+        ("ReCLIP++, rectified", "reclip++ space_preference", "-0.29"))),
+    ("Table VIII: losses of distillation, ReCLIP++", "VOC", -1, (
+        ("mask", "reclip++-mask", "77.7"),
+        ("mask, feature", "reclip++-mask-feature", "78.9"),
+        ("mask, feature, text", "reclip++-distilled", "79.2"))),
+    ("Table IX: the student's head, ReCLIP++", "VOC", -1, (
+        ("DeepLab's own, learned", "reclip++-learned", "76.2"),
+        ("Query", "reclip++-query", "48.3"),
+        ("Query, bias", "reclip++-query-bias", "50.6"),
+        ("Query, bias, decoder", "reclip++-distilled", "79.2"))),
+    ("Conference paper, Table 3: should the Query be learned?", "VOC Context ADE", -1, (
+        ("learned", "reclip-reference-query", "56.7 23.7 9.4"),
+        ("fixed (ReCLIP without position)", "reclip-reference", "56.7 24.4 10.5"))),
+    ("Conference paper, Table 4: parts of the bias", "VOC Context ADE", 0, (
+        ("Query (MaskCLIP)", "maskclip", "49.5 21.7 9.5"),
+        ("Query, Reference", "reclip-reference", "56.7 24.4 10.5"),
+        ("Query, Reference, position (ReCLIP)", "reclip", "58.5 25.8 11.1"))),
+    ("Conference paper, Table 5: subtract or add the bias", "VOC Context", -1, (
+        ("neither (MaskCLIP)", "maskclip", "49.5 21.7"),
+        ("add", "reclip-add", "57.8 24.9"),
+        ("subtract (ReCLIP)", "reclip", "58.5 25.8"))),
+    ("Conference paper, Table 6: the student's head, ReCLIP", "VOC", 2, (
+        ("DeepLab's own, learned", "reclip-learned", "73.8"),
+        ("Query", "reclip-query", "74.1"),
+        ("Query, Reference", "reclip-distilled", "75.4"),
+        ("Query, Reference, position", "reclip-query-bias", "75.0"))),
+    ("Conference paper, Table 7: losses of distillation, ReCLIP", "VOC", -1, (
+        ("mask", "reclip-mask", "73.0"),
+        ("mask, feature", "reclip-mask-feature", "74.1"),
+        ("mask, feature, text", "reclip-distilled", "75.4"))),
+    ("Not in the papers' tables, rectified", "–", None, (
+        ("ReCLIP++", "reclip++", "–"),
+        ("cosine pooling", "cosine", "–"),
+        ("Wr normalised per class", "class-norm", "–"),
+        ("no bias subtracted", "no-bias", "–"),
+        ("no decoder", "no-decoder", "–"))),
+)
+SWEEPS = {  # of Fig. 3, beside the recipe's own values
+    "shapes": dict(threshold=(0.0, 0.24, 0.36, 0.48), crop_ratio=(1 / 4, 1 / 3, 2 / 3, 1.0)),
+    "others": dict(threshold=(0.0, 0.035, 0.07, 0.14), crop_ratio=(1 / 12, 1 / 8, 1 / 4, 1 / 3)),
+}
+
+
+def all_runs(dataset):
+    """RECTIFIED and TABLES with τ1 and Fig. 3 filled in: {run: flags}, and a list of
+    dict(title, data_sets, reference, rows), each row a dict(label, run, measure, papers)."""
+    own, sweeps = recipe(dataset), SWEEPS.get(dataset, SWEEPS["others"])
+    sharp, soft = (recipe(dataset, method=m)["mask_temperature"] for m in ("reclip", "reclip++"))
+    runs = {name: flags.format(sharp=sharp, soft=soft) for name, flags in RECTIFIED.items()}
+    tables = list(TABLES)
+    for letter, key, title in (("t", "threshold", "Fig. 3 a: threshold t of the hypotheses"),
+                               ("r", "crop_ratio", "Fig. 3 b: relative size r of the crops")):
+        rows = []
+        for value in sorted({own[key], *sweeps[key]}):
+            run = "reclip++" if value == own[key] else f"{letter}-{value:.3g}"
+            runs.setdefault(run, f"--{key.replace('_', '-')} {value}")
+            rows.append((f"{letter} = {value:.3g}", run, "–"))
+        rows.append(("global hypotheses", "global", "–"))
+        tables.append((f"{title}, rectified", "–", None, rows))
+    number = lambda text: None if text == "–" else float(text)
+    return runs, [dict(title=title, data_sets=names.split(), reference=reference, rows=[
+        dict(label=label, run=run.split()[0], measure=(run.split() + ["miou"])[1],
+             papers=[*map(number, papers.split())]) for label, run, papers in rows])
+        for title, names, reference, rows in tables]
+
+
+def command_options(args):
+    """What of this script's arguments is passed on to the others, as a list of words."""
+    given = {flag: getattr(args, flag) for flag in ("data_root", "clip", "device", "workers")}
+    words = [] if args.amp is None else ["--amp" if args.amp else "--no-amp"]
+    return words + [str(word) for flag, value in given.items() if value is not None
+                    for word in (f"--{flag.replace('_', '-')}", value)]
+
+
+def command(run, seed, runs, args):
+    """How to make a run: "reclip" or "distill", and its arguments as a list of words.
+
+    runs: as `all_runs` gives them; args: of this script.
+    """
+    words = ["--out", f"{args.out}/{run}-{seed}", *command_options(args)]
+    if run in DISTILLED:
+        teacher, flags = DISTILLED[run]
+        teacher = f"{args.out}/{teacher}-{seed}/reclip.pt"
+        return "distill", ["--teacher", teacher, *flags.split(), *words]
+    words = ["--dataset", args.dataset, "--seed", str(seed), *runs[run].split(), *words]
+    s = reclip.settings_of(reclip.parse_arguments(words))
+    kind = s.hypothesis + (f"-{s.crop_ratio:.3g}" if s.hypothesis == "crops" else "")
+    return "reclip", [*words, "--cache", f"{args.out}/cache-{kind}-{seed}"]
+
+
+def measured(folder, run):
+    """{measure: value} of a run's results.json: of its own stage, and its linear probe's mIoU."""
+    path = Path(folder) / "results.json"
+    stage = "distilled" if run in DISTILLED else "maskclip" if run == "maskclip" else "rectified"
+    results = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    probe = results.get(f"linear_probe_{stage}")
+    return results.get(stage, {}) | ({"linear_probe": probe["miou"]} if probe else {})
+
+
+def missing(script, run, words, needed):
+    """Which of the measures that are `needed` of a run are still to be made, as a set.
+
+    All of them until its training is finished with just these arguments.
+    """
+    args = script.parse_arguments(words)
+    path = args.out / f"{script.__name__}.pt"
+    checkpoint = load_checkpoint(path) if path.exists() else dict(finished=False)
+    given = {key: value for key, value in plain(args).items()
+             if value is not None and key not in MACHINE}
+    if "losses" in given:
+        given["losses"] = given["losses"].split(",")
+    kept = checkpoint.get("settings", {})
+    if not checkpoint["finished"] or any(kept.get(key) != value for key, value in given.items()):
+        return needed
+    return needed - measured(args.out, run).keys()
+
+
+class Quiet:
+    """In place of sys.stdout: a run's output goes to a file, now and then a line to the user."""
+
+    def __init__(self, file, run):
+        self.file, self.run, self.stdout, self.shown = file, run, sys.stdout, time.monotonic()
+        self.flush, self.isatty = file.flush, lambda: False
+
+    def write(self, text):
+        self.file.write(text)
+        live = self.stdout.isatty()
+        if text.strip() and time.monotonic() - self.shown > (0.3 if live else 5):
+            self.shown = time.monotonic()
+            print(f"{self.run}: {text.strip()[:100]}", end="\x1b[K\r" if live else "\n",
+                  file=self.stdout, flush=True)
+
+
+def make_runs(runs, tables, args):
+    """Train and evaluate whatever the tables need and is not there yet.
+
+    runs, tables: as `all_runs` gives them. What a run prints goes to log.txt in its folder.
+    """
+    import distill  # which needs this module
+    needed = {run: set() for run in (*runs, *DISTILLED)}  # teachers before students
+    for row in (row for table in tables for row in table["rows"]):
+        needed[row["run"]].add(row["measure"])
+    scripts, todo, total = dict(reclip=reclip, distill=distill), [], len(args.seeds) * len(needed)
+    for seed, run in itertools.product(args.seeds, needed):
+        name, words = command(run, seed, runs, args)
+        if missing(scripts[name], run, words, needed[run]):
+            todo.append((seed, run, scripts[name], words))
+    print(f"{total} runs, {len(todo)} of them still to be made → {args.out}/", flush=True)
+    progress = Progress("tables", total, total - len(todo))
+    for seed, run, script, words in todo:
+        folder = args.out / f"{run}-{seed}"
+        make_folder(folder)
+        with open(folder / "log.txt", "a", encoding="utf-8") as file:
+            with contextlib.redirect_stdout(Quiet(file, folder.name)):
+                if missing(script, run, words, {"miou"}):
+                    script.main(words)
+                left = missing(script, run, words, needed[run])
+                flags = ["--linear-probe"] * ("linear_probe" in left)
+                flags += ["--bias"] * bool(left - {"linear_probe"})
+                if flags:
+                    main(["--checkpoint", f"{folder}/{script.__name__}.pt", *flags,
+                          *command_options(args)])
+        progress.advance(1)
+    progress.close()
+
+
+def direction(ours, reference, theirs, their_reference):
+    """Whether a row is on the same side of its table's reference row as in the paper.
+
+    ours, reference: a value a seed; theirs, their_reference: a number, or None, for each of their
+    data sets, over which the mean counts. "same" or "opposite" where our mean difference is more
+    than one standard deviation (over the seeds) of the difference, else "within s.d."; None if
+    that cannot be told.
+    """
+    gaps = [a - b for a, b in zip(theirs, their_reference) if None not in (a, b)]
+    if not any(gaps) or None in (*ours, *reference) or len(ours) < 2:
+        return None
+    differences = [a - b for a, b in zip(ours, reference)]
+    mean = statistics.mean(differences)
+    if abs(mean) <= statistics.stdev(differences):
+        return "within s.d."
+    return "same" if mean * sum(gaps) > 0 else "opposite"
+
+
+def collect(tables, args):
+    """Add to each row of the tables of `all_runs`, for tables.json: our values, a value a seed, n,
+    mean and sd (None where there is none), and direction."""
+    for table in tables:
+        for row in table["rows"]:
+            values = [measured(args.out / f"{row['run']}-{seed}", row["run"])[row["measure"]]
+                      for seed in args.seeds]
+            known = None not in values
+            row |= dict(seeds=args.seeds, values=values, n=len(values), direction=None,
+                        mean=statistics.mean(values) if known else None,
+                        sd=statistics.stdev(values) if known and len(values) > 1 else None)
+        for row in table["rows"] if table["reference"] is not None else ():
+            other = table["rows"][table["reference"]]
+            row["direction"] = "reference" if row is other else direction(
+                row["values"], other["values"], row["papers"], other["papers"])
+
+
+NOTE = """Ours: mean ± standard deviation over n = {n} seeds ({seeds}), on the validation images of
+{dataset}. *Theirs*: the number of the papers for the same row, on the data set named, which is
+not ours; none of it was measured here. mIoU in per cent unless the title says otherwise.
+
+Direction compares each row with its table's reference row: is it on the same side of it as in the
+papers (in the mean over their data sets)? **opposite**: it is not, by more than one standard
+deviation of our difference over the seeds. "within s.d.": our difference is smaller than that.
+With a single seed nothing is said.
+
+A model without decoder is trained with the τ1 of ReCLIP's recipe, one with a decoder with that of
+ReCLIP++'s; a command has --mask-temperature where this is not its own method's.
+"""
+
+
+def markdown(tables, runs, args):
+    """Tables with our numbers as text in Markdown, with the command of every run at the end."""
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    lines = [NOTE.format(n=len(args.seeds), seeds=", ".join(map(str, args.seeds)),
+                         dataset=args.dataset)]
+    for table in tables:
+        theirs = [f"*theirs, {name}*".replace(", –", "") for name in table["data_sets"]]
+        heads = ["", f"ours, {args.dataset}", *theirs, "direction", "run"]
+        lines += [f"### {table['title']}\n", line(heads), "|---" * len(heads) + "|"]
+        for row in table["rows"]:
+            digits = 2 if row["measure"].endswith("preference") else 1
+            show = lambda value: "–" if value is None else f"{value:.{digits}f}"
+            ours = show(row["mean"]) + ("" if row["sd"] is None else f" ± {show(row['sd'])}")
+            theirs = ["–" if value is None else f"*{show(value)}*" for value in row["papers"]]
+            mark = {None: "–", "opposite": "**opposite**"}.get(row["direction"], row["direction"])
+            lines.append(line([row["label"], ours, *theirs, mark, row["run"]]))
+        lines.append("")
+    lines += [f"### Runs, with seed {args.seeds[0]}\n", "| run | command |", "|---|---|"]
+    for run in (*runs, *DISTILLED):
+        script, words = command(run, args.seeds[0], runs, args)
+        lines.append(line([run, f"`python {script}.py {' '.join(words)}`"]))
+    return "\n".join(lines) + "\n"
+
+
+def sensitivity_figure(tables):
+    """Fig. 3: mIoU against t and r beside that of the global hypotheses; a PIL image.
+
+    tables: those of Fig. 3 with our numbers.
+    """
+    panels, point = [], lambda x, row: (x, row["mean"], row["sd"] or 0)
+    for *rows, last in (table["rows"] for table in tables):
+        xs = [float(row["label"].split()[-1]) for row in rows]
+        lines = [("hypotheses of crops", COLOURS["rectified"], [*map(point, xs, rows)]),
+                 (last["label"], COLOURS["distilled"], [point(xs[i], last) for i in (0, -1)])]
+        panels.append(chart(lines, xs, rows[0]["label"].split()[0], width=940, height=800))
+    return beside(panels)
+
+
+def make_tables(args):
+    """--tables. Returns what tables.json holds. Raises UserError where there is no ground truth."""
+    for split in "train", "val":
+        if not open_dataset(args.dataset, args.data_root, split).has_labels:
+            raise UserError(f"--tables needs labels to measure with; {args.dataset} has none in "
+                            f"its {split} split")
+    runs, tables = all_runs(args.dataset)
+    make_runs(runs, tables, args)
+    collect(tables, args)
+    write_text(args.out / "tables.json", json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
+    write_text(args.out / "tables.md", markdown(tables, runs, args))
+    save_png(sensitivity_figure(tables[-2:]), args.out / "fig3.png")
+    print(f"→ {args.out}/tables.md, tables.json, fig3.png")
+    return tables
 
 
 # ------------------------------------------------------------------------------------------------
@@ -826,8 +1211,13 @@ def parse_arguments(argv):
          "and distance.png, of both checkpoints of a folder")
     flag("--linear-probe", action="store_true", help="NOT unsupervised: train a linear classifier "
          "of the frozen features with the ground truth of the training images")
-    flag("--out", type=Path, help="folder for results and figures (default: the checkpoint's), or "
-         "for --images (default: predictions/ in it)")
+    flag("--tables", action="store_true", help="make every table of the papers, by dozens of runs "
+         "of reclip.py and distill.py on --dataset (default: the demo): tables.md, tables.json and "
+         "fig3.png, ours beside theirs. Goes on where it was interrupted; several may run at once, "
+         "each with other --seeds")
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --tables")
+    flag("--out", type=Path, help="folder for results and figures (default: the checkpoint's), for "
+         "--images (default: predictions/ in it), or for --tables (default: runs/tables)")
     flag("--batch", type=int, default=16, help="images of one size that go through at once")
     flag("--workers", type=int)
     flag("--device")
@@ -860,6 +1250,13 @@ def check_arguments(args):
     if args.images and (args.bias or args.figures or args.linear_probe):
         raise UserError("--images predicts; --bias, --figures and --linear-probe evaluate: one of "
                         "the two at a time")
+    if args.tables and (args.checkpoint or args.images or args.split != "val"):
+        raise UserError("--tables trains what it evaluates; --checkpoint, --images and --split do "
+                        "not go with it")
+    if args.tables and args.dataset == "folder":
+        raise UserError("--tables needs labels to measure with; --dataset folder has none")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: one is repeated")
     if args.method and not args.images:
         raise UserError("--method goes with --images; an evaluation shows every stage")
     if args.classes is not None and (args.method is None or args.checkpoint is not None):
@@ -902,7 +1299,7 @@ def draw_figures(segmenters, data, confusions, device, out):
     curves = {name: distance_curve(confusion[:-1]) for name, confusion in confusions.items()}
     figures["distance"] = distance_figure(curves)
     for name, figure in figures.items():
-        figure.save(out / f"{name}.png")
+        save_png(figure, out / f"{name}.png")
         print(f"→ {out / name}.png")
 
 
@@ -927,6 +1324,12 @@ def predict_images(args, segment, out, device, workers):
 def main(argv=None):
     args = parse_arguments(argv)
     check_arguments(args)
+    if args.tables:
+        if "LOCAL_RANK" in os.environ:
+            raise UserError("--tables runs in one process, without torchrun; several may run at "
+                            "once, each with other --seeds")
+        args.dataset, args.out = args.dataset or "shapes", args.out or Path("runs/tables")
+        return make_tables(args)
     device = pick_device(args.device)
     amp = device.type == "cuda" if args.amp is None else args.amp
     pd = None if args.no_pd else "recipe" if args.pd is None else args.pd

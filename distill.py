@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import http.client
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -24,10 +25,10 @@ from torch import nn
 import evaluate
 from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, clean_exit,
                   draw_seed, normalise, open_dataset, padding)
-from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, classify, contrastive_loss,
-                    dense_features, gumbel_masks, gumbel_noise, load_checkpoint, make_folder,
-                    make_hypotheses, masked_pooling, open_rectified, pick_device, plain,
-                    resized_positions)
+from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, as_checkpoint, classify,
+                    contrastive_loss, dense_features, folder_lock, gumbel_masks, gumbel_noise,
+                    load_checkpoint, make_folder, make_hypotheses, masked_pooling, open_rectified,
+                    pick_device, plain, resized_positions)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -308,13 +309,14 @@ def load_student(path, device="cpu"):
     checkpoint = load_checkpoint(path)
     if checkpoint.get("kind") != "distill":
         raise UserError(f"{path} is not a student's checkpoint (distill.pt)")
-    s, state = argparse.Namespace(**checkpoint["settings"]), checkpoint["state"]
-    parts = {key.removeprefix("head."): v for key, v in state.items() if key.startswith("head.")}
-    D, C = len(state["network.aspp.0.conv.weight"]), len(checkpoint["classes"])
-    head = LearnedHead(C, D) if s.head == "learned" else InheritedHead(parts, s.patch, s.sign)
-    student = Student(DeepLabV2(D, stem=s.stem, **STUDENTS[s.student]), head)
-    student.load_state_dict(state)
-    student.settings, student.classes = s, checkpoint["classes"]
+    with as_checkpoint(path):
+        s, state = argparse.Namespace(**checkpoint["settings"]), checkpoint["state"]
+        parts = {key.removeprefix("head."): v for key, v in state.items() if key[:5] == "head."}
+        D, C = len(state["network.aspp.0.conv.weight"]), len(checkpoint["classes"])
+        head = LearnedHead(C, D) if s.head == "learned" else InheritedHead(parts, s.patch, s.sign)
+        student = Student(DeepLabV2(D, stem=s.stem, **STUDENTS[s.student]), head)
+        student.load_state_dict(state)
+        student.settings, student.classes = s, checkpoint["classes"]
     return student.to(device).eval().requires_grad_(False)
 
 
@@ -640,8 +642,10 @@ def settings_of(args, teacher):
     if s.student == "small" and s.backbone != "none":
         raise UserError("--student small has no ImageNet weights; use --backbone none")
     for name in ("epochs", "batch", "lr"):
-        if getattr(s, name) <= 0:
+        if not 0 < getattr(s, name) < math.inf:
             raise UserError(f"--{name} is {getattr(s, name)}; expected more than 0")
+    if s.workers < 0:
+        raise UserError(f"--workers is {s.workers}; expected 0 or more")
     for name in ("pd", "ignore_below"):
         if not 0 <= (getattr(s, name) or 0) <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected 0 to 1")
@@ -678,13 +682,15 @@ def main(argv=None):
           f"{count / 1e6:.1f} M parameters → {s.out}/")
 
     make_folder(s.out)
-    run = Run(s.out / "distill.pt", s, data, teacher.model, student)
-    hypothesis = None
-    if "text" in s.losses and t.hypothesis != "none":
-        t.amp, t.workers = s.amp, s.workers
-        hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, t,
-                                     path.parent / "hypotheses.jsonl", device).to(device)
-    train(s, data, teacher, student, hypothesis, run, device)
+    with folder_lock(s.out / ".run.lock"):
+        run = Run(s.out / "distill.pt", s, data, teacher.model, student)
+        hypothesis = None
+        if "text" in s.losses and t.hypothesis != "none":
+            t.amp, t.workers = s.amp, s.workers
+            hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, t,
+                                         path.parent / "hypotheses.jsonl", device).to(device)
+        with run:
+            train(s, data, teacher, student, hypothesis, run, device)
 
     options = ["--device", s.device, "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"]
     options += ["--data-root", str(s.data_root)] if s.data_root else []

@@ -27,10 +27,11 @@ from torchvision.transforms.v2 import functional as TF
 
 from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette, draw_seed, evenly,
                   legend, list_folder, open_dataset, overlay, parse_classes, picture_sheet,
-                  read_image, resize_to_scale)
+                  read_image, resize_to_scale, save_picture)
 from reclip import (Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
-                    gather, load_checkpoint, load_clip, make_hypotheses, open_rectified,
-                    pick_device, plain_maskclip, query_features, rank, recipe, world, write_text)
+                    gather, load_checkpoint, load_clip, make_folder, make_hypotheses,
+                    open_rectified, pick_device, plain_maskclip, query_features, rank, recipe,
+                    world, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -382,7 +383,12 @@ def save_results(path, results):
 
     What an evaluation with the same outcome has added before, such as bias scores, stays.
     """
-    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    try:
+        old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if not all(isinstance(result, dict) for result in old.values()):
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is damaged; delete it and evaluate again") from None
     for name, result in results.items():
         result = json.loads(json.dumps(result))
         before = old.get(name, {})
@@ -736,9 +742,10 @@ def predict(segment, stage, files, out, device, workers=0):
                 areas = {segment.classes[k]: round(share[k].item(), 4) for k in order}
                 picture = Image.fromarray(mask.to(torch.uint8).numpy())
                 picture.putpalette(colours.flatten().tolist())
-                picture.save(out / "masks" / f"{name}.png")
+                save_picture(picture, out / "masks" / f"{name}.png")
                 entries = [(f"{segment.classes[k]} {share[k]:.1f} %", colours[k]) for k in order]
-                with_legend(image, mask, colours, entries).save(out / "overlays" / f"{name}.png")
+                sheet = with_legend(image, mask, colours, entries)
+                save_picture(sheet, out / "overlays" / f"{name}.png")
                 line |= dict(mask=f"masks/{name}.png", overlay=f"overlays/{name}.png", stage=stage,
                              width=image.shape[2], height=image.shape[1], areas=areas)
             lines.write(json.dumps(line) + "\n")
@@ -791,10 +798,10 @@ def open_network(args, path, device):
     s = argparse.Namespace(**recipe(dataset, preset, method), dataset=dataset, preset=preset,
                            method=method, data_root=args.data_root, seed=0, workers=0)
     s.clip, s.surgery = args.clip or s.clip, args.surgery or s.surgery
+    classes = parse_classes(args.classes) if path is None else CLASSES[dataset]
     model = load_clip(s.clip, args.activation, device)
     if path is None:
-        return plain_maskclip(model, parse_classes(args.classes), s)
-    classes = CLASSES[dataset]
+        return plain_maskclip(model, classes, s)
     Wq = query_features(model, classes).to(device)
     return from_authors(state, model, classes, Wq, s)
 
@@ -849,6 +856,8 @@ def check_arguments(args):
     for option, values in (("batch", [args.batch]), ("slide", args.slide or [1])):
         if min(values) < 1:
             raise UserError(f"--{option} is {min(values)}; expected 1 or more")
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers is {args.workers}; expected 0 or more")
     if args.slide and args.slide[1] > args.slide[0]:
         raise UserError(f"--slide: a stride of {args.slide[1]} leaves gaps between windows of "
                         f"{args.slide[0]}; expected at most that")
@@ -899,7 +908,7 @@ def draw_figures(segmenters, data, confusions, device, out):
     curves = {name: distance_curve(confusion[:-1]) for name, confusion in confusions.items()}
     figures["distance"] = distance_figure(curves)
     for name, figure in figures.items():
-        figure.save(out / f"{name}.png")
+        save_picture(figure, out / f"{name}.png")
         print(f"→ {out / name}.png")
 
 
@@ -948,6 +957,7 @@ def main(argv=None):
     if not data.has_labels:
         print(f"{dataset} has no labels: nothing to compare with")
         return
+    make_folder(out)
     segmenters = [segment]
     if args.figures and not foreign:  # with the other checkpoint of the folder, if there is one
         paths = [path.with_name(name) for name in ("reclip.pt", "distill.pt")]
@@ -974,7 +984,6 @@ def main(argv=None):
     print(table(results, segment.classes))
     if biases:
         print("\n" + bias_table(biases))
-    out.mkdir(parents=True, exist_ok=True)
     save_results(out / "results.json", results)
     if args.hypotheses:
         if foreign or segment.student or s.hypothesis == "none":

@@ -127,7 +127,7 @@ class DeepLabV2(nn.Module):
 STUDENTS = {
     "resnet50": dict(blocks=(3, 4, 6, 3)),
     "resnet101": dict(blocks=(3, 4, 23, 3)),
-    "small": dict(blocks=(2, 2), width=16, dilations=(1, 2, 3, 4)),  # of the demo
+    "small": dict(blocks=(1, 2), width=16, dilations=(1, 3)),  # of the demo
 }
 
 
@@ -503,7 +503,7 @@ ALWAYS = dict(
 )
 EPOCHS = {"voc": 100, "context": 150, "ade": 150, "cityscapes": 100, "stuff": 50}
 DEMO = dict(student="small", backbone="none", ratio=(1.0, 1.0), distort=False, scale=(96, 96),
-            crop=96, views=2, epochs=25, optimizer="adamw", lr=3e-3, weight_decay=0.05)
+            crop=96, views=2, epochs=15, optimizer="adamw", lr=3e-3, weight_decay=0.05)
 LOSSES = ("mask", "feature", "text")
 
 
@@ -623,8 +623,9 @@ def train(s, data, teacher, student, hypothesis, run, device):
 def make_student(s, teacher, device):
     """A Student as the settings want it, with ImageNet weights if any; sets s.stem."""
     torch.manual_seed(s.student_seed)
-    state, s.stem = (None, "deep") if s.backbone == "none" else (
-        pretrained_backbone(s.backbone, s.student))
+    state, s.stem = (None, "plain" if s.student == "small" else "deep")
+    if s.backbone != "none":
+        state, s.stem = pretrained_backbone(s.backbone, s.student)
     C, D = teacher.rectifier.Wq.shape
     network = DeepLabV2(D, stem=s.stem, **STUDENTS[s.student])
     if state is not None:

@@ -574,7 +574,7 @@ PAPER = {  # the authors' settings of August 2024, when the papers' numbers were
     "cityscapes": ((1024, 512), 512, 150, 150, 16, 0.01, 0.74),
     "stuff":      ((2048, 512), 512,  30,  30, 16, 0.01, 0.9),
 }
-DEMO = ((96, 96), 96, 20, 20, 16, 0.01, None)
+DEMO = ((96, 96), 96, 10, 10, 16, 0.03, None)
 DEMO_ONLY = dict(clip="shapes-tiny", surgery="value", ratio=(1.0, 1.0), distort=False,
                  crop_ratio=1 / 2, views=2)
 # ReCLIP's global hypothesis: threshold on 100·cosine, and how many classes if none passes

@@ -288,8 +288,8 @@ def test_training(teachers, method, tmp_path, monkeypatch):
     assert checkpoint["kind"] == "distill" and checkpoint["finished"] and checkpoint["step"] == 6
     inherited = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
     assert same(inherited, before)
-    assert not torch.equal(state["network.backbone.stem.0.weight"],
-                           student.network.backbone.stem[0].weight)
+    assert not torch.equal(state["network.backbone.conv1.weight"],
+                           student.network.backbone.conv1.weight)
     assert (tmp_path / "results.json").read_text().count("distilled") == 1
     # A student stands on its own: without CLIP, and without its teacher.
     monkeypatch.setattr(reclip.clip, "load", None)

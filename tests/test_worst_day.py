@@ -109,7 +109,8 @@ def check_whole(out):
             assert all(map(json.loads, lines))
             assert not last or path.name.startswith("log")  # it grows line by line
         elif path.suffix == ".npy":
-            assert np.isfinite(np.load(path)).all()
+            records = np.load(path)
+            assert all(np.isfinite(records[name]).all() for name in records.dtype.names)
         else:
             assert path.suffix == ".png"
             data.read_image(path)

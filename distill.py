@@ -503,7 +503,7 @@ ALWAYS = dict(
 )
 EPOCHS = {"voc": 100, "context": 150, "ade": 150, "cityscapes": 100, "stuff": 50}
 DEMO = dict(student="small", backbone="none", ratio=(1.0, 1.0), distort=False, scale=(96, 96),
-            crop=96, views=2, epochs=15, optimizer="adamw", lr=3e-3, weight_decay=0.05)
+            crop=96, views=2, epochs=20, optimizer="adamw", lr=3e-3, weight_decay=0.05)
 LOSSES = ("mask", "feature", "text")
 
 

@@ -18,8 +18,11 @@ import functools
 import hashlib
 import http.client
 import os
+import shutil
 import struct
 import sys
+import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -30,7 +33,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from clip.clip import CLIP_MEAN, CLIP_STD
+from clip.clip import CLIP_MEAN, CLIP_STD, download as fetch
 
 VOID = 255  # in every label map: no class here; never counted
 
@@ -158,7 +161,8 @@ def parse_classes(text):
 
     text: "cat, dog, sofa", or the path of a text file with one name a line ('#' starts a comment).
     Returns the names in order, inner runs of blanks made one. Raises UserError for a file that
-    cannot be read, an empty list, an empty or repeated name, or more classes than labels can hold.
+    cannot be read, an empty list, an empty, repeated or unprintable name, or more classes than
+    labels can hold.
     """
     if os.path.isfile(text):
         try:
@@ -182,6 +186,8 @@ def parse_classes(text):
     for name in names:
         if name.lower() in seen:
             raise UserError(f"class name \"{name}\" is repeated in {where}")
+        if not name.isprintable():
+            raise UserError(ascii(f"class name {name} in {where} is no printable text")[1:-1])
         seen.add(name.lower())
     if len(names) > VOID:
         raise UserError(f"{len(names)} classes in {where}; at most {VOID} fit in 8-bit labels")
@@ -911,32 +917,67 @@ class TrainingViews(torch.utils.data.Dataset):
 # 7. Getting the data: downloads, and the conversion of Pascal Context
 
 
+DOWNLOADS = {  # name: (address, SHA-256, the tree inside); of ADE's only the MD5 is published
+    "voc": ("https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
+            "VOCdevkit/VOC2012"),
+    "ade": ("https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+            "7328b3957e407ddae1d3cbf487f149ef", "ADEChallengeData2016"),
+}
+ELSEWHERE = {
+    "context": "images: http://host.robots.ox.ac.uk/pascal/VOC/voc2010/, labels: trainval of "
+               "https://cs.stanford.edu/~roozbeh/pascal-context/, then --convert",
+    "cityscapes": "https://www.cityscapes-dataset.com (needs an account)",
+    "stuff": "images: https://cocodataset.org/#download, labels: stuffthingmaps of "
+             "https://github.com/nightrome/cocostuff",
+}
+
+
 def download(name, root):
-    """Fetch and unpack a data set into root: voc (2 GB) and ade (1 GB). Raises UserError."""
-    elsewhere = {
-        "context": "images: http://host.robots.ox.ac.uk/pascal/VOC/voc2010/, labels: trainval of "
-                   "https://cs.stanford.edu/~roozbeh/pascal-context/, then --convert",
-        "cityscapes": "https://www.cityscapes-dataset.com (needs an account)",
-        "stuff": "images: https://cocodataset.org/#download, labels: stuffthingmaps of "
-                 "https://github.com/nightrome/cocostuff"}
-    if name in elsewhere:
-        raise UserError(f"--download cannot fetch {name}; get it from {elsewhere[name]}; "
+    """Fetch and unpack a data set into root: voc (2 GB) and ade (1 GB). Raises UserError.
+
+    Over https, and unpacked only if the hash is right; nothing to do where the tree is there.
+    """
+    if name in ELSEWHERE:
+        raise UserError(f"--download cannot fetch {name}; get it from {ELSEWHERE[name]}; "
                         "see README, Data sets")
-    if name not in ("voc", "ade"):
+    if name not in DOWNLOADS:
         raise UserError(f"there is nothing to download for --dataset {name}")
     if root is None:
         raise UserError("--download needs --data-root, the folder to put the data set in")
     root = Path(root).expanduser()
+    url, digest, tree = DOWNLOADS[name]
+    if (root / tree).is_dir():
+        return
+    archive = root / url.rpartition("/")[2]
     try:
-        if name == "voc":  # torchvision knows the address and the checksum
-            torchvision.datasets.VOCSegmentation(root, "2012", "train", download=True)
+        if len(digest) == 64:
+            fetch(url, archive, digest)
         else:
-            torchvision.datasets.utils.download_and_extract_archive(
-                "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", root,
-                md5="7328b3957e407ddae1d3cbf487f149ef")
-    except (OSError, http.client.HTTPException, RuntimeError) as error:
+            torchvision.datasets.utils.download_url(url, root, archive.name, digest)
+        unpack(archive, root, tree)
+    except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError,
+            zipfile.BadZipFile) as error:
         raise UserError(f"downloading {name} into {root} failed: {error}; try again, or fetch it "
                         "by hand: see README, Data sets") from None
+
+
+def unpack(archive, root, tree):
+    """Unpack a tar or zip file, of which `tree` appears in root when all of it is there.
+
+    No member can land outside: "data" refuses paths and links that lead there, zipfile cuts them.
+    """
+    part = root / f"{archive.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    if tarfile.is_tarfile(archive):
+        with tarfile.open(archive) as file:
+            file.extractall(part, filter="data")
+    else:
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(part)
+    (root / tree).parent.mkdir(parents=True, exist_ok=True)
+    os.replace(part / tree, root / tree)
+    shutil.rmtree(part)
 
 
 # Numeric data types of the MAT-file format, level 5 (MathWorks, "MAT-File Format"): the number in
@@ -946,6 +987,7 @@ MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "
 MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4",
                14: "i8", 15: "u8"}
 MAT_MATRIX, MAT_COMPRESSED = 14, 15
+MAT_LARGEST = 1 << 26  # bytes: what a compressed matrix may grow to
 
 
 def _mat_elements(data, order):
@@ -983,7 +1025,11 @@ def read_mat_v5(path):
         variables = {}
         for kind, element in _mat_elements(data[128:], order):
             if kind == MAT_COMPRESSED:
-                (kind, element), = _mat_elements(zlib.decompress(element), order)
+                stream = zlib.decompressobj()
+                element = stream.decompress(element, MAT_LARGEST)
+                if not stream.eof:
+                    raise ValueError(f"cut short, or of more than {MAT_LARGEST >> 20} MiB")
+                (kind, element), = _mat_elements(element, order)
             if kind != MAT_MATRIX:
                 continue
             # parts of an array: flags (class in the lowest byte), dimensions, name, real values;
@@ -1028,7 +1074,6 @@ def convert_context(mat_dir, root):
     table = np.zeros(460, dtype=np.uint8)
     table[CONTEXT_IDS] = np.arange(60)
     out = tree / "SegmentationClassContext"
-    out.mkdir(exist_ok=True)
     for n, i in enumerate(ids, 1):
         target = out / f"{Path(i).name}.png"
         if not target.exists():
@@ -1036,9 +1081,10 @@ def convert_context(mat_dir, root):
             labels = read_mat_v5(path).get("LabelMap")
             if labels is None or labels.ndim != 2:
                 raise UserError(f"{path} has no matrix LabelMap; is it from Pascal Context?")
-            if labels.size == 0 or labels.min() < 0 or labels.max() > 459:
+            if labels.size == 0 or not (labels.min() >= 0 and labels.max() <= 459):
                 raise UserError(f"{path}: LabelMap has ids outside 0–459")
             half_done = target.with_suffix(".tmp")
+            out.mkdir(exist_ok=True)
             Image.fromarray(table[labels.astype(np.int64)]).save(half_done, format="PNG")
             os.replace(half_done, target)
         if n % 500 == 0 or n == len(ids):

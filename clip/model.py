@@ -474,9 +474,11 @@ def check_state_dict(state, expected):
     misshapen = [f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
                  for name, value in expected.items()
                  if name in state and state[name].shape != value.shape]
+    not_finite = [name for name, value in state.items() if not value.isfinite().all()]
     faults = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
               for kind, names in [("missing", missing), ("left over", unknown),
-                                  ("of another shape", misshapen)] if names]
+                                  ("of another shape", misshapen),
+                                  ("with numbers that are not finite", not_finite)] if names]
     if faults:
         raise ValueError("not a CLIP state dict: " + ", ".join(faults) + "; expected the "
                          f"{len(expected)} entries of a CLIP of OpenAI's architecture")

@@ -1,5 +1,6 @@
 """What several test files share: small CLIPs of random weights, small data sets, commands."""
 
+import os
 import shutil
 import socket
 import sys
@@ -19,8 +20,17 @@ import reclip  # noqa: E402
 from clip.model import CLIP  # noqa: E402
 
 
+LONG = bool(os.environ.get("RECLIP_LONG"))  # run the long forms of test_fuzz and test_worst_day
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "long: takes minutes; runs only with RECLIP_LONG=1")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("long") and not LONG:
+        pytest.skip("long: runs with RECLIP_LONG=1")
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +139,13 @@ def trained_demo(tmp_path_factory):
         run(reclip.main, "--out", out, "--epochs", 3)
         run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
     return out
+
+
+def snapshot(folder):
+    """{path: content} of all files in a folder, None for a folder, the target for a link."""
+    content = lambda path: (os.readlink(path) if path.is_symlink() else
+                            path.read_bytes() if path.is_file() else None)
+    return {str(path): content(path) for path in Path(folder).rglob("*")}
 
 
 # ---- Commands ----------------------------------------------------------------------------------

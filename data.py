@@ -1083,10 +1083,8 @@ def convert_context(mat_dir, root):
                 raise UserError(f"{path} has no matrix LabelMap; is it from Pascal Context?")
             if labels.size == 0 or not (labels.min() >= 0 and labels.max() <= 459):
                 raise UserError(f"{path}: LabelMap has ids outside 0–459")
-            half_done = target.with_suffix(".tmp")
             out.mkdir(exist_ok=True)
-            Image.fromarray(table[labels.astype(np.int64)]).save(half_done, format="PNG")
-            os.replace(half_done, target)
+            save_picture(Image.fromarray(table[labels.astype(np.int64)]), target)
         if n % 500 == 0 or n == len(ids):
             print(f"converted {n} of {len(ids)}", flush=True)
 
@@ -1175,6 +1173,13 @@ def picture_sheet(rows, headings, present, classes, colours, cell=240):
     return sheet
 
 
+def save_picture(picture, path):
+    """Write a PIL image as PNG under a temporary name, then rename it."""
+    temporary = Path(f"{path}.tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
 def legend(entries, width):
     """Patches of colour, each with its name, in as many columns as fit; a PIL image.
 
@@ -1259,7 +1264,7 @@ def main(argv=None):
     out = Path(args.out or f"runs/data-{args.dataset}.png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(splits[-1]).save(out, format="PNG")
+        save_picture(contact_sheet(splits[-1]), out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from None
     print(f"\nwrote {out}: images of {splits[-1].split}, beside their labels if there are any")

@@ -1,0 +1,300 @@
+"""The worst day: killed at any moment, a full disk, two at once, Ctrl-C, a loss that explodes.
+
+RECLIP_LONG=1 runs the long form: 20 kills instead of 3.
+"""
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import distill
+import evaluate
+import reclip
+from conftest import LONG, SmallShapes, learned, run, same, snapshot
+
+UNFINISHED = (".tmp", ".part", ".part0", ".done", ".lock")  # names that promise nothing
+
+
+# ---- Killed ------------------------------------------------------------------------------------
+
+
+def pipeline(out, last=None):
+    """All that writes files, one after the other; every step of training saves a checkpoint.
+
+    last: the process kills itself in the middle of its `last`-th change of a file. Without, the
+    number of changes is left in OUT.count.
+    """
+    torch.set_num_threads(1)
+    changes = 0
+
+    def counted(change, half):
+        def wrapper(*args, **kwargs):
+            nonlocal changes
+            changes += 1
+            if changes == last:
+                half(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*args, **kwargs)
+        return wrapper
+
+    def half_write(path, content, *_):
+        with open(path, "wb") as file:
+            file.write((content if isinstance(content, bytes) else content.encode())[:50])
+
+    data.Shapes = SmallShapes
+    reclip.Run.due = lambda run, epoch_ends: True
+    os.replace = counted(os.replace, lambda *_: None)
+    Path.unlink = counted(Path.unlink, lambda *_: None)
+    for name in ("write_text", "write_bytes"):
+        setattr(Path, name, counted(getattr(Path, name), half_write))
+    torch.save = counted(torch.save, lambda _, path: half_write(path, b"PK" * 40))
+    with open(os.devnull, "w") as sys.stdout:
+        run(reclip.main, "--out", out, "--epochs", 3, "--views", 2)
+        run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
+        run(evaluate.main, "--checkpoint", out / "reclip.pt", "--bias")
+    if last is None:
+        out.with_suffix(".count").open("w").write(str(changes))
+
+
+def start(target, *arguments):
+    """A process, forked from one that has imported everything and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data", "reclip", "distill", "evaluate", "conftest"])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def finish(out):
+    """Run the pipeline to its end; the seconds that takes."""
+    began, process = time.monotonic(), start(pipeline, out)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, seconds) of an undisturbed run."""
+    start(int).join()  # there is a process to fork from
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, finish(out)
+
+
+def check_whole(out):
+    """No file is half written under its final name."""
+    for path in out.rglob("*"):
+        if path.is_dir() or path.name.endswith(UNFINISHED):
+            continue
+        if path.suffix == ".pt":
+            assert reclip.load_checkpoint(path)["state"]
+        elif path.suffix == ".json":
+            json.loads(path.read_text("utf-8"))
+        elif path.suffix == ".jsonl":
+            *lines, last = path.read_text("utf-8").split("\n")
+            assert all(map(json.loads, lines))
+            assert not last or path.name.startswith("log")  # it grows line by line
+        elif path.suffix == ".npy":
+            assert np.isfinite(np.load(path)).all()
+        else:
+            assert path.suffix == ".png"
+            data.read_image(path)
+
+
+def result(out):
+    """All that is made and does not tell the time or the place."""
+    steps = [[json.loads(line)["step"] for line in (out / name).read_text().splitlines()]
+             for name in ("log.jsonl", "log-distill.jsonl")]
+    return [learned(out), learned(out, "distill.pt"), (out / "results.json").read_text(),
+            (out / "hypotheses.jsonl").read_text(), (out / "views.npy").read_bytes(), steps]
+
+
+def test_killed_in_the_middle_of_changing_a_file(whole, tmp_path):
+    """Every life ends in one change: in the long form each change of an undisturbed run in turn."""
+    count = int(whole[0].with_suffix(".count").read_text())
+    kills = range(1, count + 1) if LONG else random.Random(0).sample(range(1, 14), 3)
+    assert count >= 14
+    out = tmp_path / "run"
+    for last in kills:
+        if LONG:
+            shutil.rmtree(out, ignore_errors=True)
+        process = start(pipeline, out, last)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        check_whole(out)
+        if LONG:
+            finish(out)
+            assert same(result(out), result(whole[0])), last
+    finish(out)
+    assert same(result(out), result(whole[0]))
+    check_whole(out)
+
+
+@pytest.mark.long
+def test_killed_at_random_moments(whole, tmp_path):
+    draw, kills, rounds = random.Random(0), 0, 0
+    while kills < 20:
+        out = tmp_path / str(rounds)
+        while True:  # lives until one reaches the end
+            process = start(pipeline, out)
+            process.join(whole[1] * draw.uniform(0.02, 0.7) if kills < 20 else None)
+            process.kill()
+            process.join()
+            check_whole(out)
+            if process.exitcode == 0:
+                break
+            kills += 1
+        assert same(result(out), result(whole[0]))
+        rounds += 1
+    print(f"{kills} kills in {rounds} rounds, an undisturbed run takes {whole[1]:.1f} s")
+
+
+# ---- A full disk -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """As if the disk were full: no file may grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def refused(capsys, main, *arguments):
+    """The one line on stderr of a command that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(main, *arguments)
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+TRAIN = (reclip.main, "--epochs", 3)
+
+
+@pytest.mark.parametrize("what, gone, size, command", [
+    ("hypotheses", ("hypotheses.jsonl", "views.npy", "reclip.pt"), 300, TRAIN),
+    ("views", ("views.npy", "views.json", "reclip.pt"), 20_000, TRAIN),
+    ("checkpoint", ("reclip.pt",), 20_000, TRAIN),
+    ("log", ("reclip.pt", "log.jsonl"), 5, TRAIN),
+    ("results", ("results.json",), 100, (evaluate.main,)),
+    ("results, there before", (), 100, (evaluate.main, "--count-absent")),
+    ("figures", (), 4_000, (evaluate.main, "--figures")),
+    ("pictures", (), 100, (evaluate.main, "--images", "photos")),
+    ("student", ("distill.pt",), 20_000, (distill.main, "--epochs", 1)),
+])
+def test_full_disk(trained_demo, small_demo, photos, tmp_path, monkeypatch, capsys, what, gone,
+                   size, command):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained_demo, "run")
+    for name in gone:
+        Path("run", name).unlink()
+    before, (main, *options) = snapshot("run"), command
+    given = {reclip.main: ("--out", "run"), distill.main: ("--teacher", "run/reclip.pt"),
+             evaluate.main: ("--checkpoint", "run/reclip.pt")}[main]
+    with largest_file(size):
+        said = refused(capsys, main, *given, *options)
+    assert "cannot write" in said, said
+    after = snapshot("run")
+    may_change = ("log.jsonl", "log-distill.jsonl", *["results.json"] * (what == "figures"))
+    for path, content in before.items():
+        if not path.endswith((*UNFINISHED, *may_change)):
+            assert after[path] == content, path
+    check_whole(Path("run"))
+    run(main, *given, *options)  # with room again, it goes on
+    if main is reclip.main:
+        assert same(learned(Path("run")), learned(trained_demo))
+    elif main is distill.main:
+        assert same(learned(Path("run"), "distill.pt"), learned(trained_demo, "distill.pt"))
+
+
+# ---- Two at once, Ctrl-C, a loss that explodes -------------------------------------------------
+
+
+@pytest.mark.parametrize("main", [reclip.main, distill.main])
+def test_a_second_process_is_refused(trained_demo, small_demo, tmp_path, capsys, main):
+    out = tmp_path / "run"
+    shutil.copytree(trained_demo, out)
+    given = {reclip.main: ("--epochs", 3, "--out", out),
+             distill.main: ("--epochs", 1, "--teacher", out / "reclip.pt")}[main]
+    with open(out / ".run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = snapshot(out)
+        said = refused(capsys, main, *given)
+        assert "another process is at work in" in said and str(out) in said
+        assert snapshot(out) == before
+    run(main, *given)
+
+
+@pytest.mark.parametrize("main", [reclip.main, distill.main])
+def test_ctrl_c_saves_and_the_same_command_goes_on(trained_demo, small_demo, tmp_path, monkeypatch,
+                                                   capsys, main):
+    out, name = tmp_path / "run", "reclip.pt" if main is reclip.main else "distill.pt"
+    shutil.copytree(trained_demo, out)
+    (out / name).unlink()
+    given = {reclip.main: ("--epochs", 3, "--out", out),
+             distill.main: ("--epochs", 1, "--teacher", out / "reclip.pt")}[main]
+    step = reclip.Log.step
+
+    def interrupted(self, number, *args, **kwargs):
+        step(self, number, *args, **kwargs)
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reclip.Log, "step", interrupted)
+        with pytest.raises(SystemExit) as end:
+            run(main, *given)
+    assert end.value.code == 130
+    said = capsys.readouterr().err
+    assert f"stopped after step 1 and saved {out / name}; the same command goes on" in said
+    half = learned(out, name)
+    assert half["step"] == 1 and not half["finished"]
+    run(main, *given)
+    assert same(learned(out, name), learned(trained_demo, name))
+    assert (out / "results.json").read_text() == (trained_demo / "results.json").read_text()
+
+
+@pytest.mark.parametrize("main", [reclip.main, distill.main])
+def test_a_loss_that_is_not_finite_stops(trained_demo, small_demo, tmp_path, monkeypatch, capsys,
+                                         main):
+    out, name = tmp_path / "run", "reclip.pt" if main is reclip.main else "distill.pt"
+    shutil.copytree(trained_demo, out)
+    (out / name).unlink()
+    given = {reclip.main: ("--epochs", 6, "--out", out),
+             distill.main: ("--epochs", 4, "--teacher", out / "reclip.pt")}[main]
+    module = sys.modules[main.__module__]
+    function = "contrastive_loss" if main is reclip.main else "mask_loss"
+    steps, loss = [], getattr(module, function)
+
+    def exploding(*args):
+        steps.append(1)
+        return loss(*args) * (torch.inf if len(steps) > 2 else 1)
+
+    monkeypatch.setattr(module, function, exploding)
+    monkeypatch.setattr(reclip.Run, "due", lambda run, epoch_ends: True)
+    said = refused(capsys, main, *given)
+    assert "the loss is not finite at step 3 (images train-0" in said
+    assert f"{out / name} still has step 2" in said
+    kept = learned(out, name)
+    assert kept["step"] == 2 and all(v.isfinite().all() for v in kept["state"].values()
+                                     if v.is_floating_point())

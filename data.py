@@ -1176,8 +1176,11 @@ def picture_sheet(rows, headings, present, classes, colours, cell=240):
 def save_picture(picture, path):
     """Write a PIL image as PNG under a temporary name, then rename it."""
     temporary = Path(f"{path}.tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    try:
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def legend(entries, width):

@@ -26,9 +26,10 @@ import distill
 import evaluate
 import reclip
 from clip import clip as loading
-from conftest import REAL, SmallShapes, random_clip, snapshot
+from conftest import REAL, random_clip, run, snapshot
 
 VOC = Path("VOCdevkit/VOC2012")
+RUN = ("reclip.pt", "hypotheses.jsonl", "views.npy", "views.json", "log.jsonl", "results.json")
 
 
 def png(width, height, content=b""):
@@ -94,10 +95,11 @@ def make_data():
     for tree in trees.values():
         shutil.copytree(REAL / VOC, tree)
     lists, label = Path("ImageSets/Segmentation"), "SegmentationClass/2011_000025.png"
-    (trees["list-bytes"] / lists / "val.txt").write_bytes(b"2011_\xff\xfe\n")
-    (trees["list-folder"] / lists / "val.txt").unlink()
-    (trees["list-folder"] / lists / "val.txt").mkdir()
-    (trees["list-outside"] / lists / "val.txt").write_text("../../../../good/2011_000003\n")
+    for file in ("train.txt", "val.txt"):
+        (trees["list-bytes"] / lists / file).write_bytes(b"2011_\xff\xfe\n")
+        (trees["list-folder"] / lists / file).unlink()
+        (trees["list-folder"] / lists / file).mkdir()
+        (trees["list-outside"] / lists / file).write_text("../../../../good/2011_000003\n")
     shutil.rmtree(trees["jpegs-file"] / "JPEGImages")
     (trees["jpegs-file"] / "JPEGImages").write_text("no folder")
     whole = (trees["voc"] / label).read_bytes()
@@ -152,6 +154,7 @@ def make_clips():
     Path("bomb.pkl").write_bytes(pickle.dumps(Bomb(), protocol=2))
     torch.save(Bomb(), "old-bomb.pt", _use_new_zipfile_serialization=False)
     change_zip("clip.pt", "zip-bomb.pt", "/data.pkl", pickle.dumps(Bomb(), protocol=2))
+    np.save("array-bomb.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     with tarfile.open("tar-bomb.pt", "w") as file:  # the oldest of torch's formats
         for name in ("storages", "tensors", "pickle"):
             content = pickle.dumps(Bomb(), protocol=2)
@@ -168,8 +171,10 @@ def make_checkpoints(trained):
 
     def folder(name, *files):
         Path(name).mkdir()
-        for file in files or ("reclip.pt", "hypotheses.jsonl", "log.jsonl", "results.json"):
+        for file in files or RUN:
             shutil.copy(trained / file, name)
+        for lock in (".run.lock", ".cache.lock"):
+            Path(name, lock).touch()
         return Path(name)
 
     folder("run")
@@ -219,6 +224,13 @@ def make_checkpoints(trained):
     for name, content in {"l-words": b"words\n", "l-bytes": b"\xff\xfe\n", "l-list": b"[1]\n",
                           "l-no-step": b'{"loss": 1}\n'}.items():
         (folder(name) / "log.jsonl").write_bytes(content)
+    for name, file, content in (
+            ("v-cut", "views.npy", (trained / "views.npy").read_bytes()[:9000]),
+            ("v-words", "views.npy", b"words"), ("v-empty", "views.npy", b""),
+            ("v-pickle", "views.npy", Path("array-bomb.npy").read_bytes()),
+            ("v-json", "views.json", b"{"), ("v-bytes", "views.json", b"\xff\xfe"),
+            ("v-list", "views.json", b"[1]"), ("v-other", "views.json", b"{}")):
+        (folder(name) / file).write_bytes(content)
     for name, content in {"r-words": b"words", "r-list": b"[1]", "r-bytes": b"\xff\xfe",
                           "r-cut": (trained / "results.json").read_bytes()[:300],
                           "r-number": b'{"maskclip": 7}'}.items():
@@ -286,10 +298,15 @@ CASES = {
         # what lies in the run's folder
         *(([*SHORT, folder], "reclip.pt is not a checkpoint") for folder in (
             "no-settings", "list-settings", "reclip-cut", "no-clip", "empty-state", "text-state",
-            "wrong-state", "half-state", "no-optimizer", "number-classes")),
+            "wrong-state", "half-state", "no-optimizer")),
+        ([*SHORT, "number-classes"], "reclip.pt was made with other classes"),
         *(([*SHORT, folder], "hypotheses.jsonl was made with other settings or another CLIP, or is "
            "damaged") for folder in ("h-short", "h-text", "h-words", "h-list", "h-no-scores",
                                      "h-number", "h-cut", "h-bytes", "h-pickle")),
+        *(([*SHORT, folder], "views.npy is damaged; delete it") for folder in (
+            "v-cut", "v-words", "v-empty", "v-pickle")),
+        *(([*SHORT, folder], "views.json were made with other settings or another CLIP, or are "
+           "damaged") for folder in ("v-json", "v-bytes", "v-list", "v-other")),
         *(([*SHORT, folder], "log.jsonl is damaged") for folder in (
             "l-words", "l-bytes", "l-list", "l-no-step")),
     ],
@@ -350,6 +367,9 @@ CASES = {
          "cannot read mats/2008_000002.mat"),
         (["--dataset", "context", "--data-root", "voc", "--convert", "mats"], "no context in voc"),
         (["--dataset", "cityscapes", "--data-root", "city"], "no cityscapes in city"),
+        *((["--dataset", "voc", "--data-root", tree], message) for tree, message in {
+            "list-bytes": "cannot read the list of images",
+            "list-folder": "cannot read the list of images"}.items()),
         ([*FOLDER, "good", "--out", "good"], "cannot write good"),
         ([*FOLDER, "good", "--out", "file/sheet.png"], "cannot write file/sheet.png"),
         *(([*FOLDER, name, "--out", "sheet.png"], f"{name}/0") for name in (
@@ -391,6 +411,34 @@ def test_one_line_and_nothing_changed(place, small_demo, monkeypatch, capsys, ma
     said = refused(capsys, main, arguments)
     assert said.startswith("error: ") and said.count("\n") == 1 and said.endswith("\n"), said
     assert message in said
+
+
+@pytest.mark.parametrize("main, arguments", [
+    (main, line.split()) for main, lines in {
+        reclip.main: ("--method nonsense", "--preset best", "--seed x", "--scale 5", "--epochs 1.5",
+                      "--bias odd", "--unknown", "--hypothesis none", "--data-root", "file"),
+        evaluate.main: ("--split test", "--slide 5", "--images", "--batch x", "--method reclip",
+                        "--surgery odd"),
+        distill.main: ("--head odd", "--student big", "--text-masks odd", "--pd x", "--unknown"),
+        data.main: ("--limit x", "--convert", "--unknown")}.items() for line in lines],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value.__module__)
+def test_usage(place, monkeypatch, capsys, main, arguments):
+    """argparse's own errors: the usage, and one line."""
+    monkeypatch.chdir(place)
+    *usage, last = refused(capsys, main, arguments).splitlines()
+    assert usage[0].startswith("usage: ") and ": error: " in last
+    assert all(line.startswith(" ") for line in usage[1:])
+
+
+def test_class_names_are_no_paths(tmp_path, clip_file, photos, monkeypatch):
+    """Whatever classes are called, nothing is written outside the folder that was named."""
+    monkeypatch.chdir(tmp_path)
+    before = set(snapshot("."))
+    run(evaluate.main, "--images", photos, "--method", "maskclip", "--clip", clip_file, "--classes",
+        "../../x, /tmp/y, a/b, ..", "--out", "out", "--workers", 0)
+    assert all(Path(path).is_relative_to("out") for path in set(snapshot(".")) - before)
+    rows = [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
+    assert {name for row in rows for name in row["areas"]} <= {"../../x", "/tmp/y", "a/b", ".."}
 
 
 def test_there_are_enough_cases():

@@ -1,8 +1,13 @@
 """data.py: class names, reading files, every data set's tree and labels, views, conversion."""
 
+import hashlib
+import io
 import os
+import shutil
 import struct
 import sys
+import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -535,6 +540,9 @@ def test_mat_skips_what_is_not_numeric_and_refuses_damage(tmp_path):
             path.write_bytes(whole[:length])
             with pytest.raises(UserError, match="cannot read .*x.mat: .*expected a .mat file"):
                 data.read_mat_v5(path)
+    mat_file(path, "LabelMap", np.zeros((1 << 13, 1 << 13), dtype=np.uint8))  # a bomb
+    with pytest.raises(UserError, match="cut short, or of more than 64 MiB"):
+        data.read_mat_v5(path)
     path.write_bytes(b"MATLAB 7.3".ljust(124) + struct.pack("<HH", 0x0200, 0x4D49) + bytes(64))
     with pytest.raises(UserError, match="not a MATLAB 5 file"):
         data.read_mat_v5(path)
@@ -568,6 +576,9 @@ def test_convert_context(tmp_path, capsys):
     assert first_column(val.label(0)) == [4] * H
 
     mat_file(mats / "c.mat", "LabelMap", rows(460).astype(np.uint16))
+    with pytest.raises(UserError, match="c.mat: LabelMap has ids outside 0–459"):
+        data.convert_context(mats, tmp_path)
+    mat_file(mats / "c.mat", "LabelMap", np.full((H, W), np.nan), mat_class=6, stored=9)
     with pytest.raises(UserError, match="c.mat: LabelMap has ids outside 0–459"):
         data.convert_context(mats, tmp_path)
     mat_file(mats / "c.mat", "Other", rows(4).astype(np.uint16))
@@ -649,8 +660,71 @@ def test_failed_downloads(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("network is unreachable")
 
-    monkeypatch.setattr(data.torchvision.datasets, "VOCSegmentation", refuse)
-    monkeypatch.setattr(data.torchvision.datasets.utils, "download_and_extract_archive", refuse)
+    monkeypatch.setattr(data, "fetch", refuse)
+    monkeypatch.setattr(data.torchvision.datasets.utils, "download_url", refuse)
     for name in ("voc", "ade"):
         with pytest.raises(UserError, match=f"downloading {name} into .*unreachable; try again"):
             data.download(name, tmp_path)
+    assert all(url.startswith("https://") for url, _, _ in data.DOWNLOADS.values())
+
+
+def archive(path, *members):
+    """A tar or zip file of small files, (name, target of a link or None)."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name, _ in members:
+                file.writestr(name, "x")
+        return
+    with tarfile.open(path, "w") as file:
+        for name, target in members:
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.SYMTYPE if target else tarfile.REGTYPE
+            member.linkname, member.size = target or "", 0 if target else 1
+            file.addfile(member, None if target else io.BytesIO(b"x"))
+
+
+def test_archives_are_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    content = {"voc": ".tar", "ade": ".zip"}
+    for name, suffix in content.items():
+        url, _, tree = data.DOWNLOADS[name]
+        path = tmp_path / f"sound{suffix}"
+        archive(path, (f"{tree}/a.txt", None), (f"{tree}/b.txt", None))
+        whole, digest = path.read_bytes(), hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(data.DOWNLOADS, name, (url, digest, tree))
+        root = tmp_path / name
+        root.mkdir()
+        target = root / url.rpartition("/")[2]
+        target.write_bytes(whole)
+        (root / f"{target.name}.part").mkdir()  # an earlier try was killed
+        data.download(name, root)  # finds the archive, whose hash is right
+        assert sorted(p.name for p in (root / tree).iterdir()) == ["a.txt", "b.txt"]
+        assert not list(root.glob("*.part"))
+        target.write_bytes(b"")
+        data.download(name, root)  # the tree is there: nothing to do
+        shutil.rmtree(root / tree)
+        with pytest.raises(UserError, match=f"downloading {name} into"):  # the hash is wrong
+            data.download(name, root)
+
+
+@pytest.mark.parametrize("suffix, members", [
+    (".tar", [("../out.txt", None)]), (".tar", [("/tmp/out-of-the-archive.txt", None)]),
+    (".tar", [("link", "../.."), ("link/out.txt", None)]), (".tar", [("link", "/etc")]),
+    (".zip", [("../out.txt", None)]), (".zip", [("/out-of-the-archive.txt", None)])])
+def test_archives_cannot_write_outside(tmp_path, suffix, members):
+    root = tmp_path / "a" / "root"
+    root.mkdir(parents=True)
+    path = root / f"bad{suffix}"
+    archive(path, *members, ("tree/x.txt", None))
+    before = {p for p in tmp_path.rglob("*")}
+    try:
+        data.unpack(path, root, "tree")
+    except tarfile.TarError:
+        pass
+    made = {p for p in tmp_path.rglob("*")} - before
+    assert all(p.is_relative_to(root / "tree") or p.is_relative_to(root / f"bad{suffix}.part")
+               for p in made)
+    assert not any(Path(place, "out-of-the-archive.txt").exists() for place in ("/", "/tmp"))

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import http.client
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -26,10 +27,10 @@ from torch import nn
 import evaluate
 from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, clean_exit,
                   draw_seed, normalise, open_dataset, padding)
-from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, barrier, classify,
-                    contrastive_loss, dense_features, fingerprint, folder_lock, gumbel_masks,
-                    gumbel_noise, load_checkpoint, make_folder, make_hypotheses, make_views,
-                    masked_pooling, open_rectified, parallel, pick_device, plain,
+from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, as_checkpoint,
+                    barrier, classify, contrastive_loss, dense_features, fingerprint, folder_lock,
+                    gumbel_masks, gumbel_noise, load_checkpoint, make_folder, make_hypotheses,
+                    make_views, masked_pooling, open_rectified, parallel, pick_device, plain,
                     resized_positions, world)
 
 # ------------------------------------------------------------------------------------------------
@@ -312,13 +313,14 @@ def load_student(path, device="cpu"):
     checkpoint = load_checkpoint(path)
     if checkpoint.get("kind") != "distill":
         raise UserError(f"{path} is not a student's checkpoint (distill.pt)")
-    s, state = argparse.Namespace(**checkpoint["settings"]), checkpoint["state"]
-    parts = {key.removeprefix("head."): v for key, v in state.items() if key.startswith("head.")}
-    D, C = len(state["network.aspp.0.conv.weight"]), len(checkpoint["classes"])
-    head = LearnedHead(C, D) if s.head == "learned" else InheritedHead(parts, s.patch, s.sign)
-    student = Student(DeepLabV2(D, stem=s.stem, **STUDENTS[s.student]), head)
-    student.load_state_dict(state)
-    student.settings, student.classes = s, checkpoint["classes"]
+    with as_checkpoint(path):
+        s, state = argparse.Namespace(**checkpoint["settings"]), checkpoint["state"]
+        parts = {key.removeprefix("head."): v for key, v in state.items() if key[:5] == "head."}
+        D, C = len(state["network.aspp.0.conv.weight"]), len(checkpoint["classes"])
+        head = LearnedHead(C, D) if s.head == "learned" else InheritedHead(parts, s.patch, s.sign)
+        student = Student(DeepLabV2(D, stem=s.stem, **STUDENTS[s.student]), head)
+        student.load_state_dict(state)
+        student.settings, student.classes = s, checkpoint["classes"]
     return student.to(device).eval().requires_grad_(False)
 
 
@@ -697,8 +699,10 @@ def settings_of(args, teacher):
     if s.student == "small" and s.backbone != "none":
         raise UserError("--student small has no ImageNet weights; use --backbone none")
     for name in ("epochs", "batch", "lr"):
-        if getattr(s, name) <= 0:
+        if not 0 < getattr(s, name) < math.inf:
             raise UserError(f"--{name} is {getattr(s, name)}; expected more than 0")
+    if s.workers < 0:
+        raise UserError(f"--workers is {s.workers}; expected 0 or more")
     if s.views < 0:
         raise UserError(f"--views is {s.views}; expected 0 or more")
     if s.batch < world():

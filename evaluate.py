@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import functional as TF
 import reclip
 from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette, draw_seed, evenly,
                   legend, list_folder, open_dataset, overlay, parse_classes, picture_sheet,
-                  read_image, resize_to_scale)
+                  read_image, resize_to_scale, save_picture)
 from reclip import (MACHINE, Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
                     gather, load_checkpoint, load_clip, make_folder, make_hypotheses,
                     open_rectified, pick_device, plain, plain_maskclip, query_features, rank,
@@ -392,7 +392,12 @@ def save_results(path, results):
 
     What an evaluation with the same outcome has added before, such as bias scores, stays.
     """
-    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    try:
+        old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if not all(isinstance(result, dict) for result in old.values()):
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is damaged; delete it and evaluate again") from None
     for name, result in results.items():
         result = json.loads(json.dumps(result))
         before = old.get(name, {})
@@ -413,12 +418,6 @@ SCALE = torch.tensor([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98),
 def font(size):
     """Pillow's own font, `size` pixels high."""
     return ImageFont.load_default(size)
-
-
-def save_png(picture, path):
-    """Write a whole PNG file under a temporary name, then rename it."""
-    picture.save(f"{path}.tmp", "PNG")
-    os.replace(f"{path}.tmp", path)
 
 
 def in_colour(values):
@@ -774,10 +773,10 @@ def predict(segment, stage, files, out, device, workers=0):
                 areas = {segment.classes[k]: round(share[k].item(), 4) for k in order}
                 picture = Image.fromarray(mask.to(torch.uint8).numpy())
                 picture.putpalette(colours.flatten().tolist())
-                save_png(picture, out / "masks" / f"{name}.png")
+                save_picture(picture, out / "masks" / f"{name}.png")
                 entries = [(f"{segment.classes[k]} {share[k]:.1f} %", colours[k]) for k in order]
                 overlaid = with_legend(image, mask, colours, entries)
-                save_png(overlaid, out / "overlays" / f"{name}.png")
+                save_picture(overlaid, out / "overlays" / f"{name}.png")
                 line |= dict(mask=f"masks/{name}.png", overlay=f"overlays/{name}.png", stage=stage,
                              width=image.shape[2], height=image.shape[1], areas=areas)
             lines.write(json.dumps(line) + "\n")
@@ -1145,7 +1144,7 @@ def make_tables(args):
     collect(tables, args)
     write_text(args.out / "tables.json", json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
     write_text(args.out / "tables.md", markdown(tables, runs, args))
-    save_png(sensitivity_figure(tables[-2:]), args.out / "fig3.png")
+    save_picture(sensitivity_figure(tables[-2:]), args.out / "fig3.png")
     print(f"→ {args.out}/tables.md, tables.json, fig3.png")
     return tables
 
@@ -1179,10 +1178,10 @@ def open_network(args, path, device):
     s = argparse.Namespace(**recipe(dataset, preset, method), dataset=dataset, preset=preset,
                            method=method, data_root=args.data_root, seed=0, workers=0)
     s.clip, s.surgery = args.clip or s.clip, args.surgery or s.surgery
+    classes = parse_classes(args.classes) if path is None else CLASSES[dataset]
     model = load_clip(s.clip, args.activation, device)
     if path is None:
-        return plain_maskclip(model, parse_classes(args.classes), s)
-    classes = CLASSES[dataset]
+        return plain_maskclip(model, classes, s)
     Wq = query_features(model, classes).to(device)
     return from_authors(state, model, classes, Wq, s)
 
@@ -1242,6 +1241,8 @@ def check_arguments(args):
     for option, values in (("batch", [args.batch]), ("slide", args.slide or [1])):
         if min(values) < 1:
             raise UserError(f"--{option} is {min(values)}; expected 1 or more")
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers is {args.workers}; expected 0 or more")
     if args.slide and args.slide[1] > args.slide[0]:
         raise UserError(f"--slide: a stride of {args.slide[1]} leaves gaps between windows of "
                         f"{args.slide[0]}; expected at most that")
@@ -1299,7 +1300,7 @@ def draw_figures(segmenters, data, confusions, device, out):
     curves = {name: distance_curve(confusion[:-1]) for name, confusion in confusions.items()}
     figures["distance"] = distance_figure(curves)
     for name, figure in figures.items():
-        save_png(figure, out / f"{name}.png")
+        save_picture(figure, out / f"{name}.png")
         print(f"→ {out / name}.png")
 
 
@@ -1354,6 +1355,7 @@ def main(argv=None):
     if not data.has_labels:
         print(f"{dataset} has no labels: nothing to compare with")
         return
+    make_folder(out)
     segmenters = [segment]
     if args.figures and not foreign:  # with the other checkpoint of the folder, if there is one
         paths = [path.with_name(name) for name in ("reclip.pt", "distill.pt")]

@@ -516,15 +516,17 @@ def make_hypotheses(data, model, Wq, s, path, device):
 
 def read_scores(file, header):
     """{id: scores} of a file of make_hypotheses. Raises UserError unless its header is this one."""
-    lines = file.read_text("utf-8").split("\n")[:-1]  # without a line that was cut short
     try:
+        lines = file.read_text("utf-8").split("\n")[:-1]  # without a line that was cut short
         first, *rows = map(json.loads, lines)
-    except ValueError:  # empty or damaged
+        known = {row["id"]: row["scores"] for row in rows}
+        torch.tensor([[0.0] * len(header["classes"]), *known.values()])  # C numbers in each row
+    except (ValueError, TypeError, KeyError):  # empty or damaged
         first = None
     if first != header:
         raise UserError(f"{file} was made with other settings or another CLIP, or is damaged; "
                         "delete it or choose another folder with --out")
-    return {row["id"]: row["scores"] for row in rows}
+    return known
 
 
 def crop_votes(model, images, Wq, r, batch=512):
@@ -916,7 +918,8 @@ class Run:
         self.saved, self.kept, self.stopping = time.monotonic(), 0, False
         self.previous = load_checkpoint(path) if path.exists() else None  # until it is resumed
         if self.previous:
-            check_same_run(self.previous, self.facts, path)
+            with as_checkpoint(path):
+                check_same_run(self.previous, self.facts, path)
 
     def __enter__(self):
         """Within, Ctrl-C ends training after the step that is under way; pressed twice, at once."""
@@ -977,9 +980,10 @@ class Run:
         checkpoint, self.previous = self.previous, None
         if checkpoint is None:
             return 0
-        self.learner.load_state_dict(checkpoint["state"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        self.kept = checkpoint["step"]
+        with as_checkpoint(self.path):
+            self.learner.load_state_dict(checkpoint["state"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            self.kept = checkpoint["step"]
         return self.kept
 
 
@@ -998,16 +1002,26 @@ def save_checkpoint(path, checkpoint):
 
 def load_checkpoint(path):
     """A checkpoint of reclip.py or distill.py as a dict. Raises UserError if it is none."""
-    try:
+    with as_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["settings"], checkpoint["classes"], checkpoint["state"]
+        for key in ("settings", "classes", "clip", "state", "Wr", "step", "finished", "kind"):
+            checkpoint[key]
+    return checkpoint
+
+
+@contextlib.contextmanager
+def as_checkpoint(path):
+    """What goes wrong inside is a UserError: there are many ways to be damaged or foreign."""
+    try:
+        yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}") from None
-    except Exception as error:  # torch.load fails in many ways on a damaged or foreign file
-        reason = str(error).split("\n")[0][:120]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} is not a checkpoint of reclip.py or distill.py, or is damaged "
                         f"({type(error).__name__}: {reason})") from None
-    return checkpoint
 
 
 def check_same_run(checkpoint, facts, path):
@@ -1127,9 +1141,13 @@ class Log:
         # A run that was interrupted after its last checkpoint repeats those steps, and their lines.
         # A line without its end was being written when the run was stopped.
         if rank() == 0:
-            old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in old if line.endswith("\n")]
-            write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= first))
+            try:
+                old = path.read_text().splitlines(keepends=True) if path.exists() else []
+                whole = [line for line in old if line.endswith("\n")]
+                kept = [line for line in whole if json.loads(line)["step"] <= first]
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{path} is damaged; delete it and repeat the command") from None
+            write_text(path, "".join(kept))
 
     def timed(self, loader):
         """Iterate, counting the seconds spent waiting for data."""
@@ -1277,14 +1295,18 @@ def open_rectified(path, device="cpu", source=None):
     Raises UserError for a file that is no such checkpoint, and for another CLIP.
     """
     checkpoint = load_checkpoint(path)
-    s = argparse.Namespace(**checkpoint["settings"])
-    model = load_clip(source or s.clip, s.activation, device)
-    if fingerprint(model) != checkpoint["clip"]:
-        raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
-    state, classes = checkpoint["state"], checkpoint["classes"]
-    rectifier = make_rectifier(model, classes, state["Wq"], s)
-    rectifier.load_state_dict(state)
-    return RectifiedCLIP(model, rectifier, checkpoint["Wr"], classes, s)
+    with as_checkpoint(path):
+        s = argparse.Namespace(**checkpoint["settings"])
+        s.dataset, s.method, s.preset, s.surgery, s.scale, s.pd, s.seed  # not missing later on
+        model = load_clip(source or s.clip, s.activation, device)
+        if fingerprint(model) != checkpoint["clip"]:
+            raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
+        state, Wr, classes = checkpoint["state"], checkpoint["Wr"], checkpoint["classes"]
+        rectifier = make_rectifier(model, classes, state["Wq"], s)
+        rectifier.load_state_dict(state)
+        if Wr is not None and Wr.shape != state["Wq"].shape:
+            raise ValueError(f"Wr is {tuple(Wr.shape)}, not {tuple(state['Wq'].shape)}")
+        return RectifiedCLIP(model, rectifier, Wr, classes, s)
 
 
 def plain_maskclip(model, classes, settings):
@@ -1402,7 +1424,7 @@ def pick_device(name=None):
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
         return join_processes(torch.device(name))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -1497,6 +1519,8 @@ def check_values(s):
         value = getattr(s, key)
         if (min(value) if key == "scale" else value) < low:
             raise UserError(f"--{key} is {value}; expected {low} or more")
+    if not -1 << 63 <= s.seed < 1 << 63:
+        raise UserError(f"--seed is {s.seed}; expected an integer of 64 bits")
     for key in ("tau", "mask_temperature", "lr"):
         if not 0 < getattr(s, key) < math.inf:
             raise UserError(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected more than 0")

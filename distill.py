@@ -702,6 +702,8 @@ def settings_of(args, teacher):
     for name in ("epochs", "batch", "lr"):
         if not 0 < getattr(s, name) < math.inf:
             raise UserError(f"--{name} is {getattr(s, name)}; expected more than 0")
+    if s.workers < 0:
+        raise UserError(f"--workers is {s.workers}; expected 0 or more")
     if s.views < 0:
         raise UserError(f"--views is {s.views}; expected 0 or more")
     if s.batch < world():

@@ -470,7 +470,7 @@ def make_hypotheses(data, model, Wq, s, path, device):
     with folder_lock(path.parent / ".cache.lock", wait=True):
         barrier()
         known = {}
-        for file in (path, *sorted(path.parent.glob(f"{path.name}.part*"))):
+        for file in (path, *sorted(path.parent.glob(f"{path.name}.part*[0-9]"))):
             if file.exists():
                 known |= read_scores(file, header)
         barrier()  # before any process adds to what the others read
@@ -499,7 +499,7 @@ def make_hypotheses(data, model, Wq, s, path, device):
                     progress.advance(len(group) * world())
             progress.close()
             barrier()
-            parts = sorted(path.parent.glob(f"{path.name}.part*"))
+            parts = sorted(path.parent.glob(f"{path.name}.part*[0-9]"))
             for file in parts:
                 known |= read_scores(file, header)
             if rank() == 0:

@@ -29,8 +29,8 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, c
                   draw_seed, normalise, open_dataset, padding)
 from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, as_checkpoint, barrier,
                     classify, contrastive_loss, dense_features, fingerprint, folder_lock,
-                    gumbel_masks, gumbel_noise, load_checkpoint, make_folder, make_hypotheses,
-                    make_views, masked_pooling, open_rectified, parallel, pick_device, plain,
+                    gumbel_masks, gumbel_noise, hypotheses_file, load_checkpoint, make_folder,
+                    make_hypotheses, make_views, masked_pooling, open_rectified, parallel, pick_device, plain,
                     resized_positions, world)
 
 # ------------------------------------------------------------------------------------------------
@@ -754,10 +754,8 @@ def main(argv=None):
         hypothesis = None
         if "text" in s.losses and t.hypothesis != "none":
             t.amp, t.workers = s.amp, s.workers
-            kept = Path(t.cache, "hypotheses.jsonl")  # unless the folder has moved since
-            kept = kept if kept.exists() else path.with_name(kept.name)
-            hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, t, kept,
-                                         device).to(device)
+            hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, t,
+                                         hypotheses_file(path, t), device).to(device)
         with run:
             train(s, data, teacher, student, hypothesis, run, device)
     barrier()  # the checkpoint is there

@@ -35,9 +35,9 @@ from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette,
                   legend, list_folder, open_dataset, overlay, parse_classes, picture_sheet,
                   read_image, resize_to_scale, save_picture)
 from reclip import (MACHINE, Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
-                    gather, load_checkpoint, load_clip, make_folder, make_hypotheses,
-                    open_rectified, pick_device, plain, plain_maskclip, query_features, rank,
-                    recipe, world, write_text)
+                    gather, hypotheses_file, load_checkpoint, load_clip, make_folder,
+                    make_hypotheses, open_rectified, pick_device, plain, plain_maskclip,
+                    query_features, rank, recipe, world, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -1388,7 +1388,7 @@ def main(argv=None):
             raise UserError(f"--hypotheses: {path} was not trained with hypotheses of its own")
         images, network = open_dataset(dataset, root, "train", names, s.seed), segment.network
         hypothesis = make_hypotheses(images, network.model, network.rectifier.Wq, s,
-                                     path.with_name("hypotheses.jsonl"), device)
+                                     hypotheses_file(path, s), device)
         precision, recall = hypothesis_quality(hypothesis, images)
         print(f"hypotheses of {len(images)} training images: precision {precision:.1f} %, recall "
               f"{recall:.1f} %")

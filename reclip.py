@@ -514,6 +514,12 @@ def make_hypotheses(data, model, Wq, s, path, device):
     return global_hypothesis(scores, s.threshold, s.top)
 
 
+def hypotheses_file(checkpoint, s):
+    """Where the hypotheses of a checkpoint's run are: beside it, or else in the run's cache."""
+    beside = checkpoint.with_name("hypotheses.jsonl")
+    return beside if beside.exists() else Path(s.cache, beside.name)
+
+
 def read_scores(file, header):
     """{id: scores} of a file of make_hypotheses. Raises UserError unless its header is this one."""
     try:

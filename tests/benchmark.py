@@ -474,7 +474,7 @@ def main(argv=None):
     if args.memory:
         return measure_memory(args.memory, args)
     print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{'a tiny CLIP' if args.quick else 'ViT-B/16'}, random weights")
+          f"{'a tiny CLIP' if args.quick else 'ViT-B/16'}, random weights", flush=True)
     if args.rectify:
         seconds = whole_rectification(vit_b16(args.quick), device, args.quick)
         print(f"rectification of VOC's size, all of it: {reclip.clock(seconds)}")

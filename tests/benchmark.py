@@ -1,11 +1,18 @@
-"""How long the stages take: python tests/benchmark.py [--quick] [--threads N]
+"""How long the stages take, ours against plain: python tests/benchmark.py [--quick] [--device cuda]
 
-Runs on random weights of ViT-B/16's sizes. What is compared is run in turn in one process, so that
-both meet the same machine; every number is a median.
+Every stage is compared with a plain implementation of the same computation, on random weights of
+ViT-B/16's sizes. What is compared is run in turn in one process, so that all of it meets the same
+machine; every number is a median. --quick runs each stage once, at a small size, to see that it
+works. `--rectify` times a complete rectification of VOC's size instead.
 """
 
 import argparse
+import contextlib
+import copy
+import io
 import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -15,20 +22,30 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import reclip  # noqa: E402
 from clip.model import CLIP  # noqa: E402
-from conftest import plain_text_features  # noqa: E402
-from data import CLASSES  # noqa: E402
-from reclip import Reference, encode_shared_prefix  # noqa: E402
+from conftest import REAL, plain_text_features, random_clip  # noqa: E402
+from data import (CLASSES, CLIP_MEAN, CLIP_STD, draw_seed, normalise,  # noqa: E402
+                  open_dataset, read_image)
+from evaluate import Segmenter, evaluate  # noqa: E402
+from reclip import Rectifier, classify, contrastive_loss, dense_features, gumbel_masks  # noqa: E402
 
-NAMES = {20: CLASSES["voc"], 59: CLASSES["context"], 150: CLASSES["ade"]}  # by their number
+# Classes and the side of the training crop
+SETS = {"voc": (CLASSES["voc"], 336), "context": (CLASSES["context"], 480),
+        "ade": (CLASSES["ade"], 512)}
+WAYS = ("plain", "fresh", "cached")  # of making a step: see Step
 
 
-def vit_b16():
-    """A frozen CLIP of random weights and ViT-B/16's sizes."""
+def vit_b16(quick=False):
+    """A frozen CLIP of random weights and ViT-B/16's sizes; a tiny one to be quick."""
+    if quick:
+        return random_clip()
     torch.manual_seed(0)
     model = CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12)
     nn.init.normal_(model.token_embedding.weight, std=0.1)
@@ -36,79 +53,491 @@ def vit_b16():
     return model.eval().requires_grad_(False)
 
 
-def alternate(functions, repeats):
-    """[(median seconds, last result)] of functions that are called in turn, `repeats` times."""
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+def alternate(functions, repeats, device):
+    """[(median seconds, last result)] of functions that are called in turn, `repeats` times.
+
+    Each is called once before, for what a process does only the first time.
+    """
     seconds, results = [[] for _ in functions], [None] * len(functions)
-    for _ in range(repeats):
+    for repeat in range(repeats + (repeats > 1)):
         for i, function in enumerate(functions):
+            wait(device)
             start = time.perf_counter()
             results[i] = function()
-            seconds[i].append(time.perf_counter() - start)
+            wait(device)
+            if repeat or repeats == 1:
+                seconds[i].append(time.perf_counter() - start)
     return [(statistics.median(s), result) for s, result in zip(seconds, results)]
 
 
-def text_encoding(model, C, repeats):
+def wait(device):
+    """Until the device has done what it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device):
+    """GB that this process has used at most so far: on a GPU, of its memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def has_bf16(device):
+    """Whether the processor has instructions for bf16 products; without, bf16 is only slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return platform.machine() == "arm64"
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def processor(device):
+    """Its name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def autocast(device, enabled=True):
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+# ---- The frozen encoder --------------------------------------------------------------------------
+
+
+def encoder_work(visual, n):
+    """Floating-point operations of dense_features on one image of n tokens, class token included:
+    patch embedding, linear layers, and both products of attention."""
+    (width, D), blocks = visual.proj.shape, len(visual.transformer.resblocks)
+    patches = n - 1
+    block = 12 * width**2 * n + 2 * n**2 * width
+    last = 10 * width**2 * patches  # values and output projection, MLP
+    ends = visual.conv1.weight[0].numel() * width * patches + width * D * patches
+    return 2 * ((blocks - 1) * block + last + ends)
+
+
+def linear_products(visual, n, dtype):
+    """A function that multiplies matrices of the sizes in a block, and its operations."""
+    width, device = visual.proj.shape[0], visual.proj.device
+    sizes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    pairs = [(torch.randn(n, a, device=device, dtype=dtype),
+              torch.randn(b, a, device=device, dtype=dtype)) for a, b in sizes]
+
+    def multiply():
+        for _ in range(len(visual.transformer.resblocks)):
+            for x, weight in pairs:
+                x @ weight.T
+
+    return multiply, 24 * n * width**2 * len(visual.transformer.resblocks)
+
+
+@torch.no_grad()
+def encoder(model, sides, repeats, device, batch=1):
+    """How near the encoder comes to the rate at which the machine multiplies such matrices."""
+    print("\nfrozen encoder: rates in 10⁹ operations a second; share: of the rate of plain "
+          "products of its matrices' sizes")
+    print("tokens  type      images/s    rate   products   share   of float32's speed   cosine")
+    bf16 = has_bf16(device)
+    for side in sides:
+        images, n = torch.randn(batch, 3, side, side, device=device), (side // 16) ** 2 + 1
+
+        def encode(half):
+            with autocast(device, half):
+                return dense_features(model.visual, images)
+
+        types = [torch.float32] + [torch.bfloat16] * bf16
+        products = [linear_products(model.visual, batch * n, dtype) for dtype in types]
+        functions = [lambda half=dtype == torch.bfloat16: encode(half) for dtype in types]
+        results = alternate(functions + [multiply for multiply, _ in products], repeats, device)
+        exact = results[0]
+        for dtype, (seconds, Z), (products_seconds, _), (_, work) in zip(
+                types, results, results[len(types):], products):
+            rate, best = batch * encoder_work(model.visual, n) / seconds, work / products_seconds
+            cosine = F.cosine_similarity(Z.float(), exact[1], dim=1).min()
+            print(f"{n:6}  {str(dtype)[6:]:8}{batch / seconds:10.2f}{rate / 1e9:8.0f}"
+                  f"{best / 1e9:11.0f}{rate / best:8.0%}{exact[0] / seconds:21.2f}{cosine:9.5f}",
+                  flush=True)
+    if not bf16:
+        print("no bf16: this processor has no instructions for it")
+
+
+# ---- The Reference encoding ----------------------------------------------------------------------
+
+
+def text_encoding(model, classes, repeats, device):
     """Seconds for the Reference features of C classes, forward and backward to the prompt.
 
     All 77 positions of every class against the shared prefix. Returns (plain, ours); raises
     AssertionError unless features agree to 1e-5 and gradients to 1e-5 of the largest.
     """
-    reference = Reference(model, NAMES[C])
+    reference = reclip.Reference(model, classes).to(device)
     nn.init.normal_(reference.prompt, std=0.1)
-    weights = torch.randn(C, model.text_projection.shape[1])
+    weights = torch.randn(len(classes), model.text_projection.shape[1], device=device)
 
     def step(encode):
         Wr = encode(model, torch.cat([reference.start, reference.prompt]), reference.suffix)
         return Wr.detach(), torch.autograd.grad((Wr * weights).sum(), reference.prompt)[0]
 
-    step(encode_shared_prefix)  # the first pass of a process is slower than all others
     (plain, expected), (ours, actual) = alternate(
-        [lambda: step(plain_text_features), lambda: step(encode_shared_prefix)], repeats)
+        [lambda: step(plain_text_features), lambda: step(reclip.encode_shared_prefix)],
+        repeats, device)
     for a, b in zip(actual, expected):
         assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max()), "the two encodings differ"
     return plain, ours
 
 
-def distillation(model, epochs=4):
+# ---- The rectification step ----------------------------------------------------------------------
+
+
+class Step:
+    """Steps of rectification training at batch 1, each way on parameters of its own.
+
+    plain: fresh features, all positions of every class, Z pooled and then compared with Wq, as in
+    the authors' program; fresh and cached: ours, with features of the image, or of a file of views.
+    """
+
+    def __init__(self, model, name, folder, device, quick=False):
+        self.model, self.device = model, device
+        classes, side = SETS[name]
+        side = 64 if quick else side
+        torch.manual_seed(0)
+        D, grid = model.visual.proj.shape[1], side // 16
+        Wq = F.normalize(torch.randn(len(classes), D), dim=-1)
+        self.image = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
+        self.p = reclip.resized_positions(model.visual, grid, grid)
+        first = Rectifier(model, classes, Wq)
+        nn.init.normal_(first.reference.prompt, std=0.1)
+        self.rectifiers = {way: copy.deepcopy(first).to(device)
+                           for way in (*WAYS, "plain on cached")}
+        self.optimizers = {
+            way: torch.optim.SGD(rectifier.parameters(), 0.01, 0.9, weight_decay=5e-4)
+            for way, rectifier in self.rectifiers.items()}
+        self.present = torch.zeros(1, len(classes), dtype=torch.bool, device=device)
+        self.present[0, :3] = True
+        shape = (1, 2, D, grid, grid)
+        path = Path(folder, f"{name}.npy")
+        reclip.allocate(path, shape)
+        self.views = reclip.FixedViews(reclip.open_array(path, shape, "r+"))
+
+    @torch.no_grad()
+    def fill(self):
+        """Compute the features that the file of views holds."""
+        self.views.features[0, 0] = self.encode().half().cpu().numpy()[0]
+
+    @torch.no_grad()
+    def encode(self):
+        image = normalise(self.image.to(self.device), CLIP_MEAN, CLIP_STD)
+        with autocast(self.device, self.device.type == "cuda"):
+            return dense_features(self.model.visual, image).float()
+
+    def read(self):
+        return self.views[[(0, 0)]]["features"].to(self.device).float()
+
+    def plain_loss(self, rectifier, features):
+        Z, reference = F.normalize(features, dim=1), rectifier.reference
+        Wr = plain_text_features(self.model, torch.cat([reference.start, reference.prompt]),
+                                 reference.suffix)
+        M = classify(Z, rectifier.Wq) - classify(rectifier.position(self.p), Wr / Wr.norm())
+        logits = rectifier.decoder.norm(rectifier.decoder.conv(torch.cat([Z, M], 1)))
+        masks = gumbel_masks(logits, 0.01, self.noise(logits))
+        pooled = torch.einsum("bchw,bdhw->bcd", masks, Z) / Z[0, 0].numel()
+        return contrastive_loss(pooled @ rectifier.Wq.T, self.present)
+
+    def our_loss(self, rectifier, features):
+        Z = F.normalize(features, dim=1)
+        Mq, logits = rectifier(Z, self.p, rectifier.Wr(self.model))
+        masks = gumbel_masks(logits, 0.01, self.noise(logits))
+        return contrastive_loss(reclip.masked_pooling(masks, Mq), self.present)
+
+    def noise(self, logits):
+        return reclip.gumbel_noise(logits.shape[1:], [draw_seed(0, 0, "image", "gumbel")],
+                                   self.device)
+
+    def __call__(self, way):
+        """One step; returns its loss."""
+        rectifier, optimizer = self.rectifiers[way], self.optimizers[way]
+        features = self.read() if "cached" in way else self.encode()
+        loss = (self.plain_loss if "plain" in way else self.our_loss)(rectifier, features)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+
+def rectification(model, name, repeats, device, quick):
+    """Seconds a step: plain, fresh views, cached views. AssertionError unless the losses agree."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = Step(model, name, folder, device, quick)
+        step.fill()
+        losses = {way: step(way) for way in step.rectifiers}  # all at the same parameters
+        for ours, plain in (("fresh", "plain"), ("cached", "plain on cached")):
+            error = abs(losses[ours] - losses[plain]) / abs(losses[plain])
+            assert error <= 1e-4, f"{name}: {ours} loss {losses[ours]}, plain {losses[plain]}"
+        half = abs(losses["cached"] - losses["plain"]) / abs(losses["plain"])
+        ways = [lambda way=way: step(way) for way in WAYS]
+        return [seconds for seconds, _ in alternate(ways, repeats, device)], half
+
+
+def memory_of_step(way, args):
+    """Peak memory in GB of two ADE20K steps, in a process of their own."""
+    command = [sys.executable, __file__, "--memory", way, "--device", args.device]
+    command += ["--quick"] * args.quick
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure_memory(way, args):
+    """What that process does: print one number."""
+    device = torch.device(args.device)
+    model = vit_b16(args.quick).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        step = Step(model, "ade", folder, device, args.quick)
+        for _ in range(2):
+            step(way)
+        print(peak_memory(device))
+
+
+# ---- Hypotheses ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_votes(model, image, Wq, r):
+    """Votes of an image's crops, which are cut, resized and encoded one at a time: int64 C."""
+    votes = torch.zeros(len(Wq), dtype=torch.int64)
+    for top, left, height, width in reclip.crop_windows(*image.shape[1:], r):
+        crop = image[None, :, top : top + height, left : left + width]
+        crop = reclip.clip_view(crop, model.visual.input_resolution)
+        feature = model.encode_image(normalise(crop, CLIP_MEAN, CLIP_STD)).float()
+        votes[(feature @ Wq.T).argmax()] += 1
+    return votes
+
+
+@torch.no_grad()
+def hypotheses(model, repeats, device, quick):
+    """Seconds for 121 crops of a photograph, one at a time and in a batch."""
+    image = read_image(sorted((REAL / "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))[0]).to(device)
+    Wq = F.normalize(torch.randn(20, model.text_projection.shape[1], device=device), dim=-1)
+
+    def ours(half):
+        with autocast(device, half):
+            return reclip.crop_votes(model, [image], Wq, 1 / 6)
+
+    halves = [False] + [True] * has_bf16(device)
+    functions = [lambda: plain_votes(model, image, Wq, 1 / 6)]
+    functions += [lambda half=half: ours(half) for half in halves]
+    (plain, _), *batched = alternate(functions, repeats, device)
+    print("\nhypotheses: 121 crops of a photograph")
+    print(f"one at a time, float32: {plain:.2f} s")
+    for half, (seconds, _) in zip(halves, batched):
+        print(f"batched, {'bf16' if half else 'float32'}: {seconds:.2f} s, {plain / seconds:.2f} "
+              f"times as fast, {121 / seconds:.1f} crops/s", flush=True)
+
+
+@torch.no_grad()
+def agreement(device, images):
+    """On how many of the demo's images bf16 in batches keeps the classes of float32 one by one."""
+    model, data = reclip.load_clip("shapes-tiny", device=device), open_dataset("shapes")
+    with contextlib.redirect_stdout(io.StringIO()):
+        Wq = reclip.query_features(model, data.classes)
+    s = reclip.recipe("shapes")
+    pictures = [data.image(i).to(device) for i in range(images)]
+    plain = torch.stack([plain_votes(model, picture, Wq, s["crop_ratio"]) for picture in pictures])
+    kept = reclip.crop_hypothesis(plain, s["threshold"])
+    for half in (False, True):
+        with autocast(device, half):
+            votes = reclip.crop_votes(model, pictures, Wq, s["crop_ratio"]).cpu()
+        same = (reclip.crop_hypothesis(votes, s["threshold"]) == kept).all(1).sum()
+        print(f"kept classes on the demo, {'bf16' if half else 'float32'} in batches: the same on "
+              f"{same} of {images} images", flush=True)
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+
+class RandomImages:
+    """Labelled images of two sizes and random pixels, like a SegmentationData."""
+
+    name, classes = "random", CLASSES["voc"]
+
+    def __init__(self, n, sides):
+        self.ids, self.sides = [str(i) for i in range(n)], sides
+        self.images = [torch.randint(0, 256, (3, *self.size(i)), dtype=torch.uint8)
+                       for i in range(n)]
+
+    def size(self, i):
+        return self.sides[::1 if i % 2 else -1]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def image(self, i):
+        return self.images[i]
+
+    def label(self, i):
+        return torch.randint(0, 20, self.size(i), generator=torch.Generator().manual_seed(i))
+
+
+def evaluation(model, repeats, device, quick):
+    """Seconds an image, one at a time and batched by size; the same confusion matrices."""
+    data = RandomImages(16, (48, 64) if quick else (336, 448))
+    with contextlib.redirect_stdout(io.StringIO()):
+        network = reclip.plain_maskclip(model, data.classes, argparse.Namespace(
+            preset="release", surgery="program", method="maskclip", pd=None))
+    segment = Segmenter(network, device, amp=device.type == "cuda")
+
+    def run(batch):
+        with contextlib.redirect_stdout(io.StringIO()):  # without its progress
+            return evaluate(segment, data, (2048, 336), device, batch)["maskclip"]
+
+    (plain, expected), (ours, actual) = alternate([lambda: run(1), lambda: run(8)], repeats, device)
+    differing = (actual - expected).abs().sum().item() / 2 / expected.sum().item()
+    assert differing <= 1e-3, f"{differing:.1%} of the pixels differ"
+    print(f"\nevaluation, 336×448: one at a time {len(data) / plain:.2f} images/s, eight "
+          f"{len(data) / ours:.2f} images/s, ratio {plain / ours:.2f}", flush=True)
+
+
+# ---- Distillation and a whole training, by their commands ----------------------------------------
+
+
+def distillation(model, device, epochs=4):
     """Seconds a step and peak memory in GB of `distill.py` with a full-size student on real photos.
 
     ResNet-50, a ViT-B/16 teacher, crops of 512×512, two at a time, the three photographs of
-    tests/real; both commands run in processes of their own.
+    tests/real; both commands run in processes of their own. Memory is the machine's own.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(model.state_dict(), f"{folder}/clip.pt")
-        photos, weights = str(ROOT / "tests/real"), f"{folder}/clip.pt"
-        reclip = ["reclip.py", "--dataset", "voc", "--data-root", photos, "--clip", weights,
-                  "--out", folder, "--epochs", "1", "--crop-ratio", "1"]
-        distill = ["distill.py", "--teacher", f"{folder}/reclip.pt", "--backbone", "none",
-                   "--batch", "2", "--epochs", str(epochs)]
-        for command in (reclip, distill):
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+        photos, weights = str(REAL), f"{folder}/clip.pt"
+        reclip_command = ["reclip.py", "--dataset", "voc", "--data-root", photos, "--clip", weights,
+                          "--out", folder, "--epochs", "1", "--crop-ratio", "1"]
+        distill_command = ["distill.py", "--teacher", f"{folder}/reclip.pt", "--backbone", "none",
+                           "--batch", "2", "--epochs", str(epochs)]
+        for command in (reclip_command, distill_command):
+            subprocess.run([sys.executable, *command, "--device", str(device)], cwd=ROOT,
+                           check=True, capture_output=True)
         row = json.loads(Path(folder, "log-distill.jsonl").read_text().splitlines()[-1])
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     # three images in two steps an epoch
     return 1.5 / row["images_per_s"], peak
 
 
+def whole_rectification(model, device, quick, views=4):
+    """Seconds of `reclip.py` on 1,464 images of noise, 50 epochs, cached views; random weights."""
+    n, epochs = (8, 2) if quick else (1464, 50)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model.state_dict(), f"{folder}/clip.pt")
+        Path(folder, "images").mkdir()
+        for i in range(n):
+            pixels = torch.randint(0, 256, (375, 500, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(f"{folder}/images/{i}.jpg")
+        command = [sys.executable, "reclip.py", "--dataset", "folder", "--data-root",
+                   f"{folder}/images", "--classes", ", ".join(CLASSES["voc"]), "--clip",
+                   f"{folder}/clip.pt", "--out", f"{folder}/run", "--views", str(views),
+                   "--epochs", str(epochs), "--device", str(device)]
+        command += ["--crop", "64", "--scale", "64", "64", "--crop-ratio", "1"] * quick
+        start = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, check=True)
+        return time.perf_counter() - start
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="20 classes, once")
-    parser.add_argument("--threads", type=int, help="default: as torch chooses")
+    flag = parser.add_argument
+    flag("--quick", action="store_true", help="tiny sizes, each stage once: does it run?")
+    flag("--device", default="cpu", help="default: cpu")
+    flag("--threads", type=int, help="default: as torch chooses")
+    flag("--repeats", type=int, help="measurements behind each median (default: 5; quick: 1)")
+    flag("--stages", nargs="+", metavar="STAGE", choices=STAGES, default=list(STAGES),
+         help=f"default: all of {', '.join(STAGES)}")
+    flag("--rectify", action="store_true", help="a complete rectification of VOC's size instead")
+    flag("--memory", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.repeats = args.repeats or (1 if args.quick else 5)
+    device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, ViT-B/16, random weights")
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes that this one starts
+    if args.memory:
+        return measure_memory(args.memory, args)
+    print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{'a tiny CLIP' if args.quick else 'ViT-B/16'}, random weights", flush=True)
+    if args.rectify:
+        seconds = whole_rectification(vit_b16(args.quick), device, args.quick)
+        print(f"rectification of VOC's size, all of it: {reclip.clock(seconds)}")
+        return
+    # First of all: a process hands its own peak of memory on to those that it starts.
+    if "memory" in args.stages:
+        memory(args)
+    model = vit_b16(args.quick).to(device)
+    for name, stage in STAGES.items():
+        if stage and name in args.stages:
+            stage(model, device, args)
 
-    model = vit_b16()
-    print("Reference features, forward and backward (equal to 1e-5)")
+
+def memory(args):
+    peaks = {way: memory_of_step(way, args) for way in WAYS}
+    print("\npeak memory of a process that makes two ADE20K steps: "
+          + ", ".join(f"{way} {peak:.2f} GB" for way, peak in peaks.items())
+          + f"; plain is {peaks['plain'] / peaks['fresh']:.1f} times fresh, "
+          f"{peaks['plain'] / peaks['cached']:.1f} times cached", flush=True)
+
+
+def encoder_stage(model, device, args):
+    encoder(model, (64,) if args.quick else (336, 512), args.repeats, device)
+
+
+def text_stage(model, device, args):
+    print("\nReference features, forward and backward (equal to 1e-5)")
     print("classes    77 positions each    shared prefix    ratio", flush=True)
-    for C in [20] if args.quick else NAMES:
-        plain, ours = text_encoding(model, C, 1 if args.quick else 3)
-        print(f"{C:7}{plain:19.2f} s{ours:15.3f} s{plain / ours:9.1f}", flush=True)
-    if not args.quick:
-        seconds, peak = distillation(model)
-        print(f"distillation, ResNet-50, 512×512, batch 2: {seconds:.1f} s a step, "
-              f"peak {peak:.1f} GB")
+    for classes, _ in SETS.values():
+        plain, ours = text_encoding(model, classes, min(3, args.repeats), device)
+        print(f"{len(classes):7}{plain:19.2f} s{ours:15.3f} s{plain / ours:9.1f}", flush=True)
+
+
+def rectification_stage(model, device, args):
+    print("\nrectification step, batch 1 (losses equal to 1e-4; float16: what rounding the cached "
+          "features does to the loss)")
+    print("           plain    fresh  ratio  images/s    cached  ratio  images/s   float16")
+    for name in SETS:
+        (plain, fresh, cached), half = rectification(model, name, min(3, args.repeats), device,
+                                                     args.quick)
+        print(f"{name:8}{plain:6.2f} s{fresh:7.2f} s{plain / fresh:7.1f}{1 / fresh:10.2f}"
+              f"{cached:8.2f} s{plain / cached:7.1f}{1 / cached:10.2f}{half:10.1e}", flush=True)
+
+
+def hypotheses_stage(model, device, args):
+    hypotheses(model, min(3, args.repeats), device, args.quick)
+    agreement(device, 8 if args.quick else 200)
+
+
+def evaluation_stage(model, device, args):
+    evaluation(model, min(3, args.repeats), device, args.quick)
+
+
+def distillation_stage(model, device, args):
+    if not args.quick:  # there is no small student of this shape
+        seconds, peak = distillation(model, device)
+        print(f"\ndistillation, ResNet-50, 512×512, batch 2: {seconds:.1f} s a step, "
+              f"{2 / seconds:.2f} images/s, peak {peak:.1f} GB", flush=True)
+
+
+STAGES = dict(memory=None, encoder=encoder_stage, text=text_stage,
+              rectification=rectification_stage, hypotheses=hypotheses_stage,
+              evaluation=evaluation_stage, distillation=distillation_stage)
 
 
 if __name__ == "__main__":

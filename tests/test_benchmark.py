@@ -1,0 +1,24 @@
+"""The benchmark runs, and its own comparisons of values hold, at a tiny size."""
+
+import benchmark
+
+
+def test_quick(capsys):
+    stages = [stage for stage in benchmark.STAGES if stage != "memory"]  # three processes
+    benchmark.main(["--quick", "--stages", *stages])
+    printed = capsys.readouterr().out
+    for word in ("share", "shared prefix", "cached", "crops/s", "evaluation"):
+        assert word in printed
+
+
+def test_memory(capsys):
+    benchmark.main(["--quick", "--memory", "cached"])
+    assert 0 < float(capsys.readouterr().out) < 100
+
+
+def test_work_of_the_encoder():
+    """Counted by hand for two blocks of width 64, one patch and the class token, patches of 2."""
+    model = benchmark.random_clip(embed_dim=3, image_resolution=4, vision_width=64,
+                                  vision_patch_size=2)
+    patch, block, last, proj = 12 * 64, 2 * 12 * 64**2 + 2 * 2**2 * 64, 10 * 64**2, 64 * 3
+    assert benchmark.encoder_work(model.visual, 2) == 2 * (patch + block + last + proj)

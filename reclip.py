@@ -485,7 +485,7 @@ def make_hypotheses(data, model, Wq, s, path, device):
         groups = torch.arange(len(data)).split(size)
         missing = [group.tolist() for group in groups
                    if any(data.ids[i] not in known for i in group)]
-        if missing:
+        if missing or not path.exists():
             own = missing[rank()::world()]
             loader = torch.utils.data.DataLoader(Images(data), batch_sampler=own, collate_fn=list,
                                                  num_workers=s.workers)

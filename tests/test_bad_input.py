@@ -348,7 +348,6 @@ CASES = {
         (["--teacher", "run/reclip.pt", "--out", "file"], "cannot write to file"),
         (["--teacher", "run/reclip.pt", "--out", "distill-cut"],
          "distill-cut/distill.pt is not a checkpoint"),
-        (["--teacher", "h-short/reclip.pt", "--epochs", "1"], "hypotheses.jsonl was made with"),
         *((["--teacher", f"{name}/reclip.pt"], f"{name}/reclip.pt is not a checkpoint")
           for name in ("no-settings", "half-state", "no-setting", "wrong-wr")),
         *((["--teacher", file], f"{file} is not a checkpoint") for file in (

@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -226,15 +227,14 @@ class Step:
             for way, rectifier in self.rectifiers.items()}
         self.present = torch.zeros(1, len(classes), dtype=torch.bool, device=device)
         self.present[0, :3] = True
-        shape = (1, 2, D, grid, grid)
-        path = Path(folder, f"{name}.npy")
-        reclip.allocate(path, shape)
-        self.views = reclip.FixedViews(reclip.open_array(path, shape, "r+"))
+        path, kind = Path(folder, "views.npy"), np.dtype([("features", "f2", (D, grid, grid))])
+        reclip.allocate(path, (1, 1), kind)
+        self.views = reclip.FixedViews(reclip.open_array(path, (1, 1), "r+", kind))
 
     @torch.no_grad()
     def fill(self):
         """Compute the features that the file of views holds."""
-        self.views.features[0, 0] = self.encode().half().cpu().numpy()[0]
+        self.views.records["features"][0, 0] = self.encode().half().cpu().numpy()[0]
 
     @torch.no_grad()
     def encode(self):
@@ -291,21 +291,22 @@ def rectification(model, name, repeats, device, quick):
 
 
 def memory_of_step(way, args):
-    """Peak memory in GB of two ADE20K steps, in a process of their own."""
+    """Memory in GB before and at most during two ADE20K steps, in a process of their own."""
     command = [sys.executable, __file__, "--memory", way, "--device", args.device]
     command += ["--quick"] * args.quick
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def measure_memory(way, args):
-    """What that process does: print one number."""
+    """What that process does: print two numbers, the first with CLIP and the parameters loaded."""
     device = torch.device(args.device)
     model = vit_b16(args.quick).to(device)
     with tempfile.TemporaryDirectory() as folder:
         step = Step(model, "ade", folder, device, args.quick)
+        before = peak_memory(device)
         for _ in range(2):
             step(way)
-        print(peak_memory(device))
+        print([before, peak_memory(device)])
 
 
 # ---- Hypotheses ----------------------------------------------------------------------------------
@@ -489,11 +490,14 @@ def main(argv=None):
 
 
 def memory(args):
-    peaks = {way: memory_of_step(way, args) for way in WAYS}
-    print("\npeak memory of a process that makes two ADE20K steps: "
-          + ", ".join(f"{way} {peak:.2f} GB" for way, peak in peaks.items())
-          + f"; plain is {peaks['plain'] / peaks['fresh']:.1f} times fresh, "
-          f"{peaks['plain'] / peaks['cached']:.1f} times cached", flush=True)
+    print("\npeak memory of a process that makes two ADE20K steps; what the steps add to libraries, "
+          "CLIP and parameters")
+    plain = None
+    for way in WAYS:
+        before, peak = memory_of_step(way, args)
+        plain = plain or (peak, peak - before)
+        print(f"{way:8}{peak:6.2f} GB{peak / plain[0]:6.0%} of plain{peak - before:12.2f} GB"
+              f"{(peak - before) / plain[1]:6.0%} of plain", flush=True)
 
 
 def encoder_stage(model, device, args):

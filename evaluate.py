@@ -642,26 +642,47 @@ def class_shares(labels, C, view, padded, grid):
     return torch.stack([F.adaptive_avg_pool2d((one == classes).float(), grid) for one in labels])
 
 
-def linear_probe(segment, data, device, steps=1000, batch=16, workers=0, seed=0):
+def linear_probe(segment, data, device, steps=1000, batch=16, workers=0, seed=0, memory=4):
     """One 1×1 classifier on each stage's frozen features, trained with the ground truth of `data`.
 
     segment: a Segmenter. Features are standardised first (BatchNorm without parameters, so the
     classifier stays linear); cross-entropy against the classes' shares of a cell; AdamW, 3e-3, down
-    to 0 along a cosine. Returns a function (views, size) → {"linear_probe_" + name: int64 B×H×W}.
+    to 0 along a cosine. The features are kept after the first epoch where they fit into `memory`
+    GiB (on the device), and computed anew in each otherwise. Returns a function (views, size) → {"linear_probe_" + name: int64 B×H×W}.
     """
     C, probes, progress = len(data.classes), nn.ModuleDict(), Progress("linear probe", steps)
-    items = Labelled(data, segment.settings.scale)
+    kept, left = [], memory * 2**30  # CLIP and the student are frozen: what they say can be kept
+
+    def shuffled(n, epoch):
+        generator = torch.Generator().manual_seed(draw_seed(seed, epoch, "linear probe"))
+        return torch.randperm(n, generator=generator).tolist()
+
+    def encoded(epoch):
+        """Batches of features by stage, {name: float16 B×K×h×w}, and of class shares B×C×h×w."""
+        loader = torch.utils.data.DataLoader(Labelled(data, segment.settings.scale),
+                                             sampler=shuffled(len(data), epoch), batch_size=None,
+                                             num_workers=workers)
+        for views, labels in grouped_by_size(loader, batch):
+            features, padded = segment.features(views.to(device))
+            grid = next(iter(features.values())).shape[2:]
+            shares = class_shares(labels.to(device), C, views.shape[2:], padded, grid)
+            yield {name: feature.half() for name, feature in features.items()}, shares
 
     def batches():
-        for epoch in itertools.count():
-            generator = torch.Generator().manual_seed(draw_seed(seed, epoch, "linear probe"))
-            order = torch.randperm(len(data), generator=generator).tolist()
-            loader = torch.utils.data.DataLoader(items, sampler=order, batch_size=None,
-                                                 num_workers=workers)
-            yield from grouped_by_size(loader, batch)
+        nonlocal left
+        for item in encoded(0):
+            left -= sum(part.nbytes for part in (*item[0].values(), item[1]))
+            kept.append(item)
+            if left < 0:
+                kept.clear()
+            yield item
+        for epoch in itertools.count(1):
+            if left < 0:
+                yield from encoded(epoch)
+            else:
+                yield from (kept[i] for i in shuffled(len(kept), epoch))
 
-    for views, labels in itertools.islice(batches(), steps):
-        features, padded = segment.features(views.to(device))
+    for features, shares in itertools.islice(batches(), steps):
         if not probes:
             torch.manual_seed(seed)
             for name, feature in features.items():
@@ -671,8 +692,7 @@ def linear_probe(segment, data, device, steps=1000, batch=16, workers=0, seed=0)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         loss = 0.0
         for name, feature in features.items():
-            shares = class_shares(labels.to(device), C, views.shape[2:], padded, feature.shape[2:])
-            log_p = probes[name](feature).log_softmax(1)
+            log_p = probes[name](feature.float()).log_softmax(1)
             loss = loss - (shares * log_p).sum() / shares.sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()

@@ -59,11 +59,14 @@ def clean_exit(main):
             print(f"error: {line}", file=sys.stderr)
             raise SystemExit(2) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if not full and error.filename is None:  # nothing that a user could mend
                 raise
+            advice = ("; make room and repeat the command, which goes on where it stopped" if full
+                      else "")
             where = f" {error.filename}" if error.filename else ""
-            print(f"error: cannot write{where}: {error.strerror}; make room and repeat the command, "
-                  "which goes on where it stopped", file=sys.stderr)
+            print(f"error: cannot {'write' if full else 'use'}{where}: {error.strerror}{advice}",
+                  file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on where it stopped", file=sys.stderr)

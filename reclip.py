@@ -472,7 +472,7 @@ def make_hypotheses(data, model, Wq, s, path, device):
                   seed=s.seed if data.name == "shapes" else 0, clip=fingerprint(model),
                   activation=s.activation,
                   view=s.crop_ratio if crops else list(s.scale))
-    line = lambda row: json.dumps(row, ensure_ascii=False) + "\n"
+    line = lambda row: json.dumps(row) + "\n"  # escaped: a file's name may be no UTF-8
     with folder_lock(path.parent / ".cache.lock", wait=True):
         barrier()
         known = {}

@@ -1,5 +1,6 @@
 """What several test files share: small CLIPs of random weights, small data sets, commands."""
 
+import gc
 import os
 import shutil
 import socket
@@ -28,9 +29,21 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes minutes; runs only with RECLIP_LONG=1")
 
 
+def pytest_unconfigure(config):
+    gc.unfreeze()  # see collect_garbage
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("long") and not LONG:
         pytest.skip("long: runs with RECLIP_LONG=1")
+
+
+@pytest.fixture(autouse=True)
+def collect_garbage():
+    """A caught exception holds the frames, and the models in them, until the collector comes by."""
+    gc.freeze()  # what is there already need not be looked through each time
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

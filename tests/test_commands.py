@@ -168,7 +168,7 @@ def test_loss_falls(demo):
 def test_every_batch_and_epoch_has_its_learning_rate(demo):
     rows = log(demo("--schedule", 8, epochs=3))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    expected = [0.01 * (1 - epoch / 8) ** 0.9 for epoch in (0, 0, 1, 1, 2, 2)]
+    expected = [0.03 * (1 - epoch / 8) ** 0.9 for epoch in (0, 0, 1, 1, 2, 2)]
     assert [row["lr"] for row in rows] == pytest.approx(expected)
 
 
@@ -371,8 +371,8 @@ def test_another_run_in_the_same_folder(demo, place, clip_file, capsys):
     before = (out / "reclip.pt").read_bytes()
     short = ("--out", out, "--epochs", 2)
     for arguments, message in [
-        ((*short, "--lr", 0.02), "made with other settings (lr 0.01 → 0.02)"),
-        ((*short, "--schedule", 40), "made with other settings (schedule 20 → 40)"),
+        ((*short, "--lr", 0.02), "made with other settings (lr 0.03 → 0.02)"),
+        ((*short, "--schedule", 40), "made with other settings (schedule 10 → 40)"),
         ((*short, "--seed", 1), "was made with other settings"),
         ((*short, "--clip", clip_file), "with another CLIP"),
         ((*short, "--crop-ratio", 0.25), "was made with other settings"),

@@ -67,3 +67,15 @@ def test_an_evaluation_in_two_processes_counts_each_image_once(runs, tmp_path):
         launch(processes, out, "evaluate.py", "--checkpoint", checkpoint, "--out", out, "--bias")
         results.append(json.loads((out / "results.json").read_text()))
     assert results[0] == results[1] and results[0]["rectified"]["images"] == 250
+
+
+def test_a_student_is_taught_by_two_processes(runs, tmp_path):
+    teacher = runs["reclip++", 1] / "reclip.pt"
+    out = launch(2, tmp_path, "distill.py", "--teacher", teacher, "--out", tmp_path, "--batch", 61,
+                 "--epochs", 1)
+    assert out.count("mIoU: maskclip") == 1  # one process speaks
+    checkpoint = torch.load(tmp_path / "distill.pt", weights_only=True)
+    assert checkpoint["finished"] and checkpoint["step"] == 10
+    assert not any(name.startswith("module.") for name in checkpoint["state"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["distilled"]["images"] == 250

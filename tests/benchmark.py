@@ -30,7 +30,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import reclip  # noqa: E402
-from clip.model import CLIP  # noqa: E402
+from clip.model import CLIP, MLP  # noqa: E402
 from conftest import REAL, plain_text_features, random_clip  # noqa: E402
 from data import (CLASSES, CLIP_MEAN, CLIP_STD, draw_seed, normalise,  # noqa: E402
                   open_dataset, read_image)
@@ -202,11 +202,23 @@ def text_encoding(model, classes, repeats, device):
 # ---- The rectification step ----------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def as_written():
+    """Within, CLIP's MLPs are three modules one after the other, without our moved factors."""
+    ours = MLP.forward
+    MLP.forward = nn.Sequential.forward
+    try:
+        yield
+    finally:
+        MLP.forward = ours
+
+
 class Step:
     """Steps of rectification training at batch 1, each way on parameters of its own.
 
-    plain: fresh features, all positions of every class, Z pooled and then compared with Wq, as in
-    the authors' program; fresh and cached: ours, with features of the image, or of a file of views.
+    plain: fresh features, all positions of every class, QuickGELU and Gumbel-Softmax as they are
+    written down, Z pooled and then compared with Wq, as in the authors' program; fresh and cached:
+    ours, with features of the image, or of a file of views.
     """
 
     def __init__(self, model, name, folder, device, quick=False):
@@ -251,7 +263,9 @@ class Step:
                                  reference.suffix)
         M = classify(Z, rectifier.Wq) - classify(rectifier.position(self.p), Wr / Wr.norm())
         logits = rectifier.decoder.norm(rectifier.decoder.conv(torch.cat([Z, M], 1)))
-        masks = gumbel_masks(logits, 0.01, self.noise(logits))
+        soft = (logits / 0.01 + self.noise(logits)).softmax(1)
+        hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
+        masks = hard + (soft - soft.detach())
         pooled = torch.einsum("bchw,bdhw->bcd", masks, Z) / Z[0, 0].numel()
         return contrastive_loss(pooled @ rectifier.Wq.T, self.present)
 
@@ -268,8 +282,9 @@ class Step:
     def __call__(self, way):
         """One step; returns its loss."""
         rectifier, optimizer = self.rectifiers[way], self.optimizers[way]
-        features = self.read() if "cached" in way else self.encode()
-        loss = (self.plain_loss if "plain" in way else self.our_loss)(rectifier, features)
+        with as_written() if "plain" in way else contextlib.nullcontext():
+            features = self.read() if "cached" in way else self.encode()
+            loss = (self.plain_loss if "plain" in way else self.our_loss)(rectifier, features)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -19,7 +19,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -30,8 +29,8 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, c
 from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, as_checkpoint, barrier,
                     classify, contrastive_loss, dense_features, fingerprint, folder_lock,
                     gumbel_masks, gumbel_noise, hypotheses_file, load_checkpoint, make_folder,
-                    make_hypotheses, make_views, masked_pooling, open_rectified, parallel, pick_device, plain,
-                    resized_positions, world)
+                    make_hypotheses, make_views, masked_pooling, mean_over_processes,
+                    open_rectified, parallel, pick_device, plain, resized_positions, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -523,14 +522,6 @@ def recipe(dataset, method):
 # Training
 
 
-def mean_over_processes(value):
-    """The mean of a 0-dim float tensor over all processes, in each of them."""
-    if world() > 1:
-        dist.all_reduce(value)
-        value = value / world()
-    return value
-
-
 def train(s, data, teacher, student, hypothesis, run, device):
     """Teach `student` what `teacher` sees in `data` (Sec. III-E).
 
@@ -577,46 +568,48 @@ def train(s, data, teacher, student, hypothesis, run, device):
     student.train()
     network = parallel(student, device)
     log = Log(run.path.with_name("log-distill.jsonl"), "distill", batches.total, first)
-    for step, batch in enumerate(log.timed(loader), first):
-        epoch, indices = step // batches.per_epoch, batch["index"]
-        for group in optimizer.param_groups:
-            group["lr"] = max(s.floor, s.lr * (1 - epoch / s.epochs) ** s.power)
-        if s.views:
-            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        else:
-            batch = taught(batch)
-        Z, labels = batch["Z"].float(), batch["labels"].long()
-        if not batches.weight(step):  # of several processes one that has no image left
-            labels.fill_(VOID)
-        Z_hat, logits = network(batch["view"], batch["size"], s.amp)
+    with run:
+        for step, batch in enumerate(log.timed(loader), first):
+            epoch, indices = step // batches.per_epoch, batch["index"]
+            for group in optimizer.param_groups:
+                group["lr"] = max(s.floor, s.lr * (1 - epoch / s.epochs) ** s.power)
+            if s.views:
+                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            else:
+                batch = taught(batch)
+            Z, labels = batch["Z"].float(), batch["labels"].long()
+            if not batches.weight(step):  # of several processes one that has no image left
+                labels.fill_(VOID)
+            Z_hat, logits = network(batch["view"], batch["size"], s.amp)
 
-        losses, grid, valid = {}, Z_hat.shape[2:], labels != VOID
-        # DistributedDataParallel takes the mean of the processes' gradients: with the mean of their
-        # counts as the divisor, that is the gradient of the mean over all pixels.
-        count = mean_over_processes(valid.sum().float()).clamp(min=1)
-        if "mask" in s.losses:
-            losses["mask"] = mask_loss(logits, labels, count)
-        if "feature" in s.losses:
-            losses["feature"] = feature_loss(Z, Z_hat, valid, count)
-        if "text" in s.losses:
-            masks = label_masks(labels, C, grid)
-            present = (masks.flatten(2).any(2) if hypothesis is None else
-                       hypothesis[indices.to(device, non_blocking=True)])
-            if s.text_masks == "student":
-                names = [data.ids[i] for i in indices.tolist()]
-                seeds = [draw_seed(s.student_seed, epoch, name, "gumbel") for name in names]
-                noise = gumbel_noise(logits.shape[1:], seeds, device)
-                counted = masks.sum(1, keepdim=True)  # nothing of what the teacher's labels ignore
-                masks = gumbel_masks(logits, s.mask_temperature, noise) * counted
-            losses["text"] = batches.weight(step) * text_loss(F.normalize(Z_hat, dim=1), masks, Wq,
-                                                              present, s.tau)
-        loss = sum(s.weights[name] * value for name, value in losses.items())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        log.step(step + 1, len(Z), lr=optimizer.param_groups[0]["lr"], loss=loss.detach(),
-                 **{name: value.detach() for name, value in losses.items()})
-        run.after(step + 1, optimizer, batches, log)
+            losses, grid, valid = {}, Z_hat.shape[2:], labels != VOID
+            # DistributedDataParallel takes the mean of the processes' gradients: with the mean of
+            # their counts as the divisor, that is the gradient of the mean over all pixels.
+            count = mean_over_processes(valid.sum().float()).clamp(min=1)
+            if "mask" in s.losses:
+                losses["mask"] = mask_loss(logits, labels, count)
+            if "feature" in s.losses:
+                losses["feature"] = feature_loss(Z, Z_hat, valid, count)
+            if "text" in s.losses:
+                masks = label_masks(labels, C, grid)
+                present = (masks.flatten(2).any(2) if hypothesis is None else
+                           hypothesis[indices.to(device, non_blocking=True)])
+                if s.text_masks == "student":
+                    names = [data.ids[i] for i in indices.tolist()]
+                    seeds = [draw_seed(s.student_seed, epoch, name, "gumbel") for name in names]
+                    noise = gumbel_noise(logits.shape[1:], seeds, device)
+                    counted = masks.sum(1, keepdim=True)  # not what the teacher's labels ignore
+                    masks = gumbel_masks(logits, s.mask_temperature, noise) * counted
+                text = text_loss(F.normalize(Z_hat, dim=1), masks, Wq, present, s.tau)
+                losses["text"] = batches.weight(step) * text
+            loss = sum(s.weights[name] * value for name, value in losses.items())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            log.step(step + 1, len(Z), lr=optimizer.param_groups[0]["lr"],
+                     loss=mean_over_processes(loss.detach()),
+                     **{name: value.detach() for name, value in losses.items()})
+            run.after(step + 1, optimizer, batches, log)
     log.close()
 
 
@@ -709,8 +702,6 @@ def settings_of(args, teacher):
     if s.batch < world():
         raise UserError(f"--batch is {s.batch}, for {world()} processes; expected one image each "
                         "at least")
-    if s.workers < 0:
-        raise UserError(f"--workers is {s.workers}; expected 0 or more")
     for name in ("pd", "ignore_below"):
         if not 0 <= (getattr(s, name) or 0) <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected 0 to 1")
@@ -756,18 +747,18 @@ def main(argv=None):
             t.amp, t.workers = s.amp, s.workers
             hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, t,
                                          hypotheses_file(path, t), device).to(device)
-        with run:
-            train(s, data, teacher, student, hypothesis, run, device)
+        train(s, data, teacher, student, hypothesis, run, device)
     barrier()  # the checkpoint is there
 
     options = ["--device", s.device, "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"]
     options += ["--data-root", str(s.data_root)] if s.data_root else []
     evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
+    barrier()  # the results are there
     show_beside_teacher(s.out, path, options + (["--clip", args.clip] if args.clip else []))
 
 
 def show_beside_teacher(out, teacher, options):
-    """One line: mIoU of the teacher, evaluated unless it was in the same way, and of the student."""
+    """One line: mIoU of the teacher, evaluated unless it was so already, and of the student."""
     read = lambda path: json.loads(path.read_text()) if path.exists() else {}
     alike = lambda r: r and r["split"] == "val" and not r["slide"] and not r["count_absent"]
     if not read(out / "results.json").get("distilled"):

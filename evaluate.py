@@ -648,7 +648,9 @@ def linear_probe(segment, data, device, steps=1000, batch=16, workers=0, seed=0,
     segment: a Segmenter. Features are standardised first (BatchNorm without parameters, so the
     classifier stays linear); cross-entropy against the classes' shares of a cell; AdamW, 3e-3, down
     to 0 along a cosine. The features are kept after the first epoch where they fit into `memory`
-    GiB (on the device), and computed anew in each otherwise. Returns a function (views, size) → {"linear_probe_" + name: int64 B×H×W}.
+    GiB (on the device), and computed anew in each otherwise.
+
+    Returns a function (views, size) → {"linear_probe_" + name: int64 B×H×W}.
     """
     C, probes, progress = len(data.classes), nn.ModuleDict(), Progress("linear probe", steps)
     kept, left = [], memory * 2**30  # CLIP and the student are frozen: what they say can be kept
@@ -1311,10 +1313,10 @@ def draw_figures(segmenters, data, confusions, device, out):
     """Write comparison.png, heatmaps.png, confusion.png and distance.png into a folder."""
     figures = dict(comparison=comparison(segmenters, data, device))
     first = segmenters[0]
-    if not first.student and first.settings.bias != "none":
+    if "maskclip" in first.names and first.settings.bias != "none":
         figures["heatmaps"] = heatmaps(first, data, device)
     else:
-        print("no heatmaps.png: there is no bias logit map")
+        print("no heatmaps.png: it needs MaskCLIP's masks and a bias logit map")
     totals = {name: confusion.sum(0) for name, confusion in confusions.items()}
     figures["confusion"] = confusion_figure(totals, data.classes)
     curves = {name: distance_curve(confusion[:-1]) for name, confusion in confusions.items()}
@@ -1397,12 +1399,11 @@ def main(argv=None):
         found = evaluate(probe, data, s.scale, device, args.batch, workers)
         for name, result in stage_results(found, segment, data, args).items():
             results[name] = result | dict(slide=None, trained_with_ground_truth=True)
-    if rank():
-        return results
     print(table(results, segment.classes))
     if biases:
         print("\n" + bias_table(biases))
-    save_results(out / "results.json", results)
+    if rank() == 0:
+        save_results(out / "results.json", results)
     if args.hypotheses:
         if foreign or segment.student or s.hypothesis == "none":
             raise UserError(f"--hypotheses: {path} was not trained with hypotheses of its own")
@@ -1412,7 +1413,7 @@ def main(argv=None):
         precision, recall = hypothesis_quality(hypothesis, images)
         print(f"hypotheses of {len(images)} training images: precision {precision:.1f} %, recall "
               f"{recall:.1f} %")
-    if args.figures:
+    if args.figures and rank() == 0:
         draw_figures(segmenters, data, confusions, device, out)
     print(f"{path}: {len(data)} images of {dataset} {args.split} → {out / 'results.json'}")
     return results

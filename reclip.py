@@ -40,8 +40,8 @@ except ImportError:  # Windows
 
 import clip
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
-                  TrainingViews, UserError, clean_exit, download, draw_seed, normalise, open_dataset,
-                  parse_classes, resize_to_scale)
+                  TrainingViews, UserError, clean_exit, download, draw_seed, normalise,
+                  open_dataset, parse_classes, resize_to_scale)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -521,9 +521,9 @@ def make_hypotheses(data, model, Wq, s, path, device):
 
 
 def hypotheses_file(checkpoint, s):
-    """Where the hypotheses of a checkpoint's run are: beside it, or else in the run's cache."""
-    beside = checkpoint.with_name("hypotheses.jsonl")
-    return beside if beside.exists() else Path(s.cache, beside.name)
+    """Where the hypotheses of a checkpoint's run are: beside it, or only in its cache."""
+    beside, cached = checkpoint.with_name("hypotheses.jsonl"), Path(s.cache, "hypotheses.jsonl")
+    return cached if cached.exists() and not beside.exists() else beside
 
 
 def read_scores(file, header):
@@ -556,7 +556,7 @@ def crop_votes(model, images, Wq, r, batch=512):
 
 
 def global_scores(model, image, Wq, scale):
-    """100·cosine of a whole image to each class (ReCLIP): uint8 3×H×W → C. scale: as in `recipe`."""
+    """100·cosine of an image to each class (ReCLIP): uint8 3×H×W → C. scale: as in `recipe`."""
     view = normalise(resize_to_scale(image, scale)[None], CLIP_MEAN, CLIP_STD)
     return 100 * (global_feature(model.visual, view).float() @ Wq.T)[0]
 
@@ -626,7 +626,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay)
     first = run.resume(optimizer)
-    visual = rectifier.visual if s.tune_encoder else image_encoder(model, s.preset)
+    visual = rectifier.visual if s.tune_encoder else image_encoder(model, s.preset)  # Table VI
     views = TrainingViews(data, s.scale, s.crop, s.ratio, s.distort, s.seed)
     patch = visual.conv1.stride[0]
     grid = -(-s.crop // patch)
@@ -643,40 +643,44 @@ def train(s, data, model, rectifier, hypothesis, run, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
                 return dense_features(visual, images, s.surgery).float()
 
-    if s.views:  # CLIP is frozen: what it says of a view need be computed only once
+    batches = Batches(len(data), s.batch, s.epochs, s.seed, first)
+    if s.views and len(batches):  # CLIP is frozen: what it says of a view need be asked only once
         facts = {key: getattr(s, key) for key in ("preset", "surgery", "activation")}
         views = make_views(views, s, "views", facts | dict(clip=fingerprint(model)),
                            lambda batch: dict(features=encode(batch).half()), device)
-    batches = Batches(len(data), s.batch, s.epochs, s.seed, first)
     loader = batches.loader(views, s.workers, device)
     hypothesis = hypothesis.to(device)
     rectifier.train()
-    network = parallel(rectifier, device)
+    # "value" leaves the MLP of the encoder's last block out.
+    network = parallel(rectifier, device, s.tune_encoder and s.surgery == "value")
     log = Log(run.path.with_name("log.jsonl"), "rectify", batches.total, first)
-    for step, batch in enumerate(log.timed(loader), first):
-        epoch = step // batches.per_epoch
-        for group in optimizer.param_groups:
-            group["lr"] = s.lr * (1 - epoch / s.schedule) ** s.power
-        if s.views:
-            features = batch["features"].to(device, non_blocking=True).float()
-        else:
-            features = encode(batch)
-        if s.tune_encoder:
-            p = resized_positions(visual, grid, grid)
-        Z = F.normalize(features, dim=1)
-        Mq, logits = network(Z, p, rectifier.Wr(model))
-        seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel") for i in batch["index"].tolist()]
-        noise = gumbel_noise(logits.shape[1:], seeds, device)
-        masks = gumbel_masks(logits, s.mask_temperature, noise)
-        similarities = (masked_pooling(masks, Mq) if s.pooling == "area" else
-                        cosine_pooling(masks, Z, rectifier.Wq))
-        present = hypothesis[batch["index"].to(device)]
-        loss = contrastive_loss(similarities, present, s.tau) * batches.weight(step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        log.step(step + 1, len(seeds), lr=optimizer.param_groups[0]["lr"], loss=loss.detach())
-        run.after(step + 1, optimizer, batches, log)
+    with run:
+        for step, batch in enumerate(log.timed(loader), first):
+            epoch = step // batches.per_epoch
+            for group in optimizer.param_groups:
+                group["lr"] = s.lr * (1 - epoch / s.schedule) ** s.power
+            if s.views:
+                features = batch["features"].to(device, non_blocking=True).float()
+            else:
+                features = encode(batch)
+            if s.tune_encoder:
+                p = resized_positions(visual, grid, grid)
+            Z = F.normalize(features, dim=1)
+            Mq, logits = network(Z, p, rectifier.Wr(model))
+            names = [data.ids[i] for i in batch["index"].tolist()]
+            seeds = [draw_seed(s.seed, epoch, name, "gumbel") for name in names]
+            noise = gumbel_noise(logits.shape[1:], seeds, device)
+            masks = gumbel_masks(logits, s.mask_temperature, noise)
+            similarities = (masked_pooling(masks, Mq) if s.pooling == "area" else
+                            cosine_pooling(masks, Z, rectifier.Wq))
+            present = hypothesis[batch["index"].to(device)]
+            loss = contrastive_loss(similarities, present, s.tau) * batches.weight(step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            log.step(step + 1, len(seeds), lr=optimizer.param_groups[0]["lr"],
+                     loss=mean_over_processes(loss.detach()))
+            run.after(step + 1, optimizer, batches, log)
     log.close()
 
 
@@ -743,6 +747,12 @@ class FixedViews(torch.utils.data.Dataset):
     def __init__(self, records):
         self.records = records
 
+    def __getstate__(self):  # a worker that is not forked maps the file itself
+        return self.records.filename, self.records.shape
+
+    def __setstate__(self, state):
+        self.records = open_array(*state)
+
     def __getitem__(self, batch):
         """A list of (epoch, index) of one epoch → index, int64 B, and B×… of each field by name."""
         index = [i for _, i in batch]
@@ -771,7 +781,7 @@ def make_views(views, s, name, facts, encode, device):
                   ratio=list(views.ratio), distort=views.distort, **facts)
     with folder_lock(s.cache / ".cache.lock", wait=True):
         barrier()
-        check_header(s.cache / f"{name}.json", header)
+        check_header(s.cache / f"{name}.json", header, path.exists() or done_path.exists())
         if not path.exists():
             sample = encode(torch.utils.data.default_collate([views[0, 0]]))
             kind = np.dtype([(key, value[0].cpu().numpy().dtype, tuple(value.shape[1:]))
@@ -801,6 +811,7 @@ def make_views(views, s, name, facts, encode, device):
                 progress.advance(len(rows) * world())
             progress.close()
             records.flush()
+            del records, done  # Windows renames no file that is mapped
             barrier()
             if rank() == 0:
                 os.replace(part, path)
@@ -809,29 +820,31 @@ def make_views(views, s, name, facts, encode, device):
     return FixedViews(open_array(path, (K, n)))
 
 
-def check_header(path, header):
-    """Write what a file is made from beside it, or raise UserError where it was something else."""
+def check_header(path, header, kept):
+    """Write what a file is made from beside it, or raise UserError where it was something else.
+
+    kept: whether there is anything of that file; what was only planned is forgotten.
+    """
     try:
-        old = json.loads(path.read_text("utf-8")) if path.exists() else None
+        old = json.loads(path.read_text("utf-8")) if kept and path.exists() else None
     except ValueError:
         old = "damaged"
     if old is None and rank() == 0:
         write_text(path, json.dumps(header, indent=1) + "\n")
     if old not in (None, header):
-        raise UserError(f"the features beside {path} were made with other settings or another CLIP, "
-                        f"or are damaged; delete them ({path.stem}.*) or choose another folder "
+        raise UserError(f"the features beside {path} were made with other settings or another "
+                        f"CLIP, or are damaged; delete them ({path.stem}.*) or choose another folder "
                         "with --cache or --out")
 
 
 def allocate(path, shape, kind):
     """Make an .npy file of zeros whose bytes are there: a write to it cannot fail later."""
+    path.unlink(missing_ok=True)
     size, free = kind.itemsize * math.prod(shape), shutil.disk_usage(path.parent).free
     if size > free:
         raise UserError(f"{path} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
                         "choose another folder with --cache, fewer --views, or --views 0")
-    path.unlink(missing_ok=True)
-    del_me = np.lib.format.open_memmap(path, "w+", kind, shape)
-    del del_me
+    np.lib.format.open_memmap(path, "w+", kind, shape)
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
@@ -952,12 +965,15 @@ class Run:
         Raises UserError, before anything is written, where the loss has become nan or infinite.
         """
         finished = step == batches.total
-        due = finished or self.stopping or self.due(step % batches.per_epoch == 0)
+        # Of several processes none may stop while the others wait for it in the next step.
+        stopping = self.stopping if world() == 1 else (
+            step % 10 == 0 and any(gather(self.stopping)))
+        due = finished or stopping or self.due(step % batches.per_epoch == 0)
         if due or log.line_due(step):
             self.check(log.first_bad(), batches)
         if due:
             self.save(step, optimizer, finished)
-        if self.stopping and not finished:
+        if stopping and not finished:
             print(f"\nstopped after step {step} and saved {self.path}; the same command goes on",
                   file=sys.stderr)
             raise SystemExit(130)
@@ -1050,7 +1066,8 @@ def check_same_run(checkpoint, facts, path):
                         "delete the folder, or choose another one with --out")
 
 
-# What may change when resuming: where things are. Weights are told apart by their fingerprints.
+# What may change when resuming: the machine, and where things are. Weights are told apart by
+# their fingerprints.
 MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "download", "clip", "teacher"}
 
 
@@ -1119,7 +1136,7 @@ class Progress:
 
     def advance(self, n=1, text=None):
         """n more are done; text(): what else to show, asked for only when the line is shown."""
-        self.done += n
+        self.done = min(self.total, self.done + n)  # n is a guess with several processes
         now = time.monotonic()
         if now - self.shown > (0.3 if self.live else 5):
             self.shown = now
@@ -1218,11 +1235,12 @@ def join_processes(device):
     """Under torchrun join the other processes; returns this one's own device. Only one prints."""
     if "LOCAL_RANK" not in os.environ:
         return device
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=datetime.timedelta(hours=2))
         if rank():
             sys.stdout = open(os.devnull, "w")
@@ -1253,17 +1271,28 @@ def gather(value):
     return everyone
 
 
-def parallel(module, device):
+def mean_over_processes(value):
+    """The mean of a 0-dim float tensor over all processes, in each of them."""
+    if world() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value = value / world()
+    return value
+
+
+def parallel(module, device, unused=False):
     """The module itself, or, for several processes, in DistributedDataParallel.
 
     Gradients are then means over the processes. BatchNorm takes its statistics over all of them on
-    CUDA; on the CPU, where PyTorch cannot, over each process's own share of the batch.
+    CUDA; on the CPU, where PyTorch cannot, over each process's own share of the batch. unused:
+    whether some parameters never get a gradient.
     """
     if world() == 1:
         return module
     if device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return DistributedDataParallel(module, [device] if device.type == "cuda" else None)
+    return DistributedDataParallel(module, [device] if device.type == "cuda" else None,
+                                   find_unused_parameters=unused)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1437,8 +1466,9 @@ def pick_device(name=None):
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name).item()
-        return join_processes(torch.device(name))
+        device = join_processes(torch.device(name))
+        torch.zeros(1, device=device).item()
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -1544,6 +1574,14 @@ def check_values(s):
             raise UserError(f"--{key.replace('_', '-')} is {value}; expected {low} to {high}")
     if s.views and s.tune_encoder:
         raise UserError("--tune-encoder changes the features in every step; it needs --views 0")
+    if s.hypothesis == "none" and (s.bias != "none" or s.decoder or s.learn_query or
+                                   s.tune_encoder):
+        raise UserError("--method maskclip learns nothing; for parts of the method start from "
+                        "another --method, or name a --hypothesis")
+    if (s.learn_query or s.tune_encoder) and s.bias == "none" and not s.decoder:
+        raise UserError("--learn-query and --tune-encoder need a bias or a decoder beside them")
+    if s.learn_query and s.pooling == "cosine":
+        raise UserError("--learn-query and --pooling cosine change two things; take one at a time")
 
 
 @clean_exit
@@ -1554,8 +1592,9 @@ def main(argv=None):
     s.amp = device.type == "cuda" if args.amp is None else args.amp
     s.device = str(device)
     classes = None if args.classes is None else parse_classes(args.classes)
-    if s.download:
+    if s.download and rank() == 0:
         download(s.dataset, s.data_root)
+    barrier()
     data = open_dataset(s.dataset, s.data_root, "train", classes, s.seed)
     s.classes = data.classes
     model = load_clip(s.clip, s.activation, device)
@@ -1575,8 +1614,7 @@ def main(argv=None):
             hypothesis = make_hypotheses(data, model, Wq, s, s.cache / "hypotheses.jsonl", device)
             per_image = hypothesis.sum(1).float().mean().item()
             print(f"hypotheses: {per_image:.2f} classes per image")
-            with run:
-                train(s, data, model, rectifier, hypothesis, run, device)
+            train(s, data, model, rectifier, hypothesis, run, device)
     barrier()  # the checkpoint is there
     import evaluate  # which needs this module; it sees the checkpoint only
     evaluate.main(["--checkpoint", str(run.path), "--device", s.device,

@@ -231,6 +231,7 @@ def make_checkpoints(trained):
             ("v-json", "views.json", b"{"), ("v-bytes", "views.json", b"\xff\xfe"),
             ("v-list", "views.json", b"[1]"), ("v-other", "views.json", b"{}")):
         (folder(name) / file).write_bytes(content)
+        Path(name, "reclip.pt").unlink()  # a finished run needs no views
     for name, content in {"r-words": b"words", "r-list": b"[1]", "r-bytes": b"\xff\xfe",
                           "r-cut": (trained / "results.json").read_bytes()[:300],
                           "r-number": b'{"maskclip": 7}'}.items():

@@ -128,7 +128,7 @@ def test_figures_of_one_checkpoint(small_demo, trained_demo, tmp_path, capsys):
     results = run(evaluate.main, "--checkpoint", tmp_path / "distill.pt", "--figures")
     assert list(results) == ["distilled"]
     assert not (tmp_path / "heatmaps.png").exists() and (tmp_path / "confusion.png").exists()
-    assert "no heatmaps.png: there is no bias logit map" in capsys.readouterr().out
+    assert "no heatmaps.png: it needs MaskCLIP's masks" in capsys.readouterr().out
 
 
 def test_figures_of_few_classes_and_empty_bins():

@@ -1,5 +1,6 @@
 """What several test files share: small CLIPs of random weights, small data sets, commands."""
 
+import functools
 import gc
 import os
 import shutil
@@ -17,6 +18,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import data  # noqa: E402
 import distill  # noqa: E402
+import evaluate  # noqa: E402
 import reclip  # noqa: E402
 from clip.model import CLIP  # noqa: E402
 
@@ -152,6 +154,31 @@ def trained_demo(tmp_path_factory):
         run(reclip.main, "--out", out, "--epochs", 3)
         run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
     return out
+
+
+TABLES = (
+    ("Table X: one", "VOC ADE", 0, (
+        ("MaskCLIP", "maskclip", "49.5 –"),
+        ("ReCLIP++", "reclip++", "73.5 13.5"),
+        ("distilled", "reclip++-mask", "77.7 –"))),
+    ("Table Y: another", "Context", None, (
+        ("class", "reclip++ class_preference", "0.37"),
+        ("probe", "reclip++ linear_probe", "–"))),
+)
+
+
+def few_tables(patch):
+    """evaluate.py --tables with few rows, few steps and few runs of Fig. 3; patch: a MonkeyPatch."""
+    scale, crop, _, _, *rest = reclip.DEMO
+    patch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
+    patch.setitem(distill.DEMO, "epochs", 1)
+    patch.setattr(evaluate, "linear_probe", functools.partial(evaluate.linear_probe, steps=2))
+    patch.setattr(evaluate, "TABLES", TABLES)
+    for name, kept in ("RECTIFIED", ("maskclip", "reclip++", "global")), ("DISTILLED",
+                                                                          ("reclip++-mask",)):
+        values = getattr(evaluate, name)
+        patch.setattr(evaluate, name, {key: values[key] for key in kept})
+    patch.setitem(evaluate.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
 
 
 def snapshot(folder):

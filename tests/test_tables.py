@@ -12,34 +12,12 @@ from PIL import Image
 import distill
 import evaluate
 import reclip
-from conftest import run
+from conftest import few_tables, run
 from evaluate import all_runs, collect, command, direction, markdown
-
-ROWS = (
-    ("Table X: one", "VOC ADE", 0, (
-        ("MaskCLIP", "maskclip", "49.5 –"),
-        ("ReCLIP++", "reclip++", "73.5 13.5"),
-        ("distilled", "reclip++-mask", "77.7 –"))),
-    ("Table Y: another", "Context", None, (
-        ("class", "reclip++ class_preference", "0.37"),
-        ("probe", "reclip++ linear_probe", "–"))),
-)
-
 
 @pytest.fixture
 def few(monkeypatch, small_demo):
-    """Few rows, few steps."""
-    scale, crop, _, _, *rest = reclip.DEMO
-    monkeypatch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
-    monkeypatch.setitem(distill.DEMO, "epochs", 1)
-    monkeypatch.setattr(evaluate, "linear_probe",
-                        functools.partial(evaluate.linear_probe, steps=2))
-    monkeypatch.setattr(evaluate, "TABLES", ROWS)
-    for name, kept in ("RECTIFIED", ("maskclip", "reclip++", "global")), ("DISTILLED",
-                                                                          ("reclip++-mask",)):
-        values = getattr(evaluate, name)
-        monkeypatch.setattr(evaluate, name, {key: values[key] for key in kept})
-    monkeypatch.setitem(evaluate.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
+    few_tables(monkeypatch)
 
 
 def options(out, *seeds, **others):

@@ -120,7 +120,7 @@ def global_feature(visual, images):
     block = visual.transformer.resblocks[-1]
     x = (x + block.attn(norm(block.ln_1, x)))[:, 0]
     x = x + block.mlp(norm(block.ln_2, x))
-    return F.normalize(visual.ln_post(x) @ visual.proj, dim=-1)
+    return F.normalize((visual.ln_post(x) @ visual.proj).float(), dim=-1)
 
 
 @torch.no_grad()
@@ -495,9 +495,8 @@ def make_hypotheses(data, model, Wq, s, path, device):
             with open(part, "a", encoding="utf-8") as file:
                 for group, images in zip(own, loader):
                     images = [image.to(device) for image in images]
-                    with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-                        scores = (crop_votes(model, images, Wq, s.crop_ratio) if crops else
-                                  global_scores(model, images[0], Wq, s.scale)[None])
+                    scores = (crop_votes(model, images, Wq, s.crop_ratio, s.amp) if crops else
+                              global_scores(model, images[0], Wq, s.scale, s.amp)[None])
                     for i, row in zip(group, scores.tolist()):
                         known[data.ids[i]] = row
                         file.write(line(dict(id=data.ids[i], scores=row)))
@@ -531,34 +530,41 @@ def read_scores(file, header):
     try:
         lines = file.read_text("utf-8").split("\n")[:-1]  # without a line that was cut short
         first, *rows = map(json.loads, lines)
-        known = {row["id"]: row["scores"] for row in rows}
-        torch.tensor([[0.0] * len(header["classes"]), *known.values()])  # C numbers in each row
+        if first == header:
+            known = {row["id"]: row["scores"] for row in rows}
+            torch.tensor([[0.0] * len(header["classes"]), *known.values()])  # C numbers in each row
+            return known
     except (ValueError, TypeError, KeyError):  # empty or damaged
         first = None
-    if first != header:
-        raise UserError(f"{file} was made with other settings or another CLIP, or is damaged; "
-                        "delete it or choose another folder with --out")
-    return known
+    raise UserError(f"{file} {unlike(first, header)}; delete it or choose another folder with "
+                    "--out")
 
 
-def crop_votes(model, images, Wq, r, batch=512):
+def crop_votes(model, images, Wq, r, amp=False, batch=512):
     """How many crops of each image every class wins (Sec. III-D).
 
     model: a CLIP; images: list of uint8 3×H×W, of any sizes; Wq: C×D; r: side of a crop relative to
-    the image's; batch: crops encoded at once. Returns int64 len(images)×C.
+    the image's; amp: encode in bf16; batch: crops encoded at once. Returns int64 len(images)×C.
     """
     crops = torch.cat([cut_crops(image, r, model.visual.input_resolution) for image in images])
-    features = torch.cat([model.encode_image(normalise(part, CLIP_MEAN, CLIP_STD))
-                          for part in crops.split(batch)])
-    # argmax needs no unit length: it is the same for every class
+    with torch.autocast(crops.device.type, torch.bfloat16, enabled=amp):
+        features = torch.cat([model.encode_image(normalise(part, CLIP_MEAN, CLIP_STD))
+                              for part in crops.split(batch)])
+    # Compared in float32: in bf16 close classes would be equal. argmax needs no unit length: it is
+    # the same for every class.
     winner = (features.float() @ Wq.T).argmax(1).unflatten(0, (len(images), -1))
     return F.one_hot(winner, len(Wq)).sum(1)
 
 
-def global_scores(model, image, Wq, scale):
-    """100·cosine of an image to each class (ReCLIP): uint8 3×H×W → C. scale: as in `recipe`."""
+def global_scores(model, image, Wq, scale, amp=False):
+    """100·cosine of an image to each class (ReCLIP): uint8 3×H×W → C.
+
+    scale: as in `recipe`; amp: encode in bf16.
+    """
     view = normalise(resize_to_scale(image, scale)[None], CLIP_MEAN, CLIP_STD)
-    return 100 * (global_feature(model.visual, view).float() @ Wq.T)[0]
+    with torch.autocast(view.device.type, torch.bfloat16, enabled=amp):
+        feature = global_feature(model.visual, view)
+    return 100 * (feature @ Wq.T)[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -832,9 +838,8 @@ def check_header(path, header, kept):
     if old is None and rank() == 0:
         write_text(path, json.dumps(header, indent=1) + "\n")
     if old not in (None, header):
-        raise UserError(f"the features beside {path} were made with other settings or another "
-                        f"CLIP, or are damaged; delete them ({path.stem}.*) or choose another folder "
-                        "with --cache or --out")
+        raise UserError(f"{path} {unlike(old, header)}; delete {path.stem}.* there, or choose "
+                        "another folder with --cache or --out")
 
 
 def allocate(path, shape, kind):
@@ -1058,12 +1063,23 @@ def check_same_run(checkpoint, facts, path):
     for what, message in (("classes", "other classes"), ("clip", "another CLIP")):
         if checkpoint[what] != facts[what]:
             raise UserError(f"{path} was made with {message}; choose another folder with --out")
-    old, new = checkpoint["settings"], facts["settings"]
-    changed = [f"{key} {old.get(key)} → {new.get(key)}" for key in sorted(old | new)
-               if key not in MACHINE and old.get(key) != new.get(key)]
-    if changed:
-        raise UserError(f"{path} was made with other settings ({', '.join(changed)}); repeat them, "
-                        "delete the folder, or choose another one with --out")
+    old, new = ({key: value for key, value in settings.items() if key not in MACHINE}
+                for settings in (checkpoint["settings"], facts["settings"]))
+    if changes(old, new):
+        raise UserError(f"{path} {unlike(old, new)}; repeat them, delete the folder, or choose "
+                        "another one with --out")
+
+
+def changes(old, new):
+    """What differs between two dicts of plain values, in words; "" for nothing."""
+    return ", ".join(f"{key} {old.get(key)!s:.40} → {new.get(key)!s:.40}"
+                     for key in sorted(old | new) if old.get(key) != new.get(key))
+
+
+def unlike(old, new):
+    """What is the matter with a file that was made from the facts `old` and not from `new`."""
+    return (f"was made with other settings ({changes(old, new)})" if isinstance(old, dict) else
+            "is damaged")
 
 
 # What may change when resuming: the machine, and where things are. Weights are told apart by

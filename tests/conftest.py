@@ -168,7 +168,7 @@ TABLES = (
 
 
 def few_tables(patch):
-    """evaluate.py --tables with few rows, few steps and few runs of Fig. 3; patch: a MonkeyPatch."""
+    """evaluate.py --tables with few rows, steps and runs of Fig. 3; patch: a MonkeyPatch."""
     scale, crop, _, _, *rest = reclip.DEMO
     patch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
     patch.setitem(distill.DEMO, "epochs", 1)

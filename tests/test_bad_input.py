@@ -301,13 +301,14 @@ CASES = {
             "no-settings", "list-settings", "reclip-cut", "no-clip", "empty-state", "text-state",
             "wrong-state", "half-state", "no-optimizer")),
         ([*SHORT, "number-classes"], "reclip.pt was made with other classes"),
-        *(([*SHORT, folder], "hypotheses.jsonl was made with other settings or another CLIP, or is "
-           "damaged") for folder in ("h-short", "h-text", "h-words", "h-list", "h-no-scores",
-                                     "h-number", "h-cut", "h-bytes", "h-pickle")),
+        *(([*SHORT, folder], "hypotheses.jsonl is damaged; delete it") for folder in (
+            "h-short", "h-text", "h-words", "h-list", "h-no-scores", "h-number", "h-cut", "h-bytes",
+            "h-pickle")),
         *(([*SHORT, folder], "views.npy is damaged; delete it") for folder in (
             "v-cut", "v-words", "v-empty", "v-pickle")),
-        *(([*SHORT, folder], "views.json were made with other settings or another CLIP, or are "
-           "damaged") for folder in ("v-json", "v-bytes", "v-list", "v-other")),
+        *(([*SHORT, folder], "views.json is damaged; delete views.* there") for folder in (
+            "v-json", "v-bytes", "v-list")),
+        ([*SHORT, "v-other"], "v-other/views.json was made with other settings (activation None"),
         *(([*SHORT, folder], "log.jsonl is damaged") for folder in (
             "l-words", "l-bytes", "l-list", "l-no-step")),
     ],

@@ -9,7 +9,7 @@ def test_quick(capsys):
     stages = [stage for stage in benchmark.STAGES if stage != "memory"]  # three processes
     benchmark.main(["--quick", "--stages", *stages])
     printed = capsys.readouterr().out
-    for word in ("share", "shared prefix", "cached", "crops/s", "evaluation"):
+    for word in ("share", "shared prefix", "cached", "crops/s", "evaluation", "distillation"):
         assert word in printed
 
 

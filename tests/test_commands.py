@@ -392,7 +392,7 @@ def test_another_run_in_the_same_folder(demo, place, clip_file, capsys):
     (out / "reclip.pt").write_bytes(before)
     for damaged in ("", "{nonsense\n", scores[:-30] + "\n"):
         (out / "hypotheses.jsonl").write_text(damaged)
-        assert "or is damaged; delete it" in error(capsys, reclip.main, *short)
+        assert "hypotheses.jsonl is damaged; delete it" in error(capsys, reclip.main, *short)
 
 
 def test_evaluating_the_wrong_thing(demo, place, clip_file, capsys):

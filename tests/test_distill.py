@@ -378,7 +378,7 @@ def test_views_are_asked_about_once(teachers, tmp_path, monkeypatch, capsys):
     assert same(expected["state"], again["state"])
     with pytest.raises(SystemExit):
         run(teachers["reclip++"], tmp_path / "c", *options, "--pd", "0.5")
-    assert "views-distill.json were made with other settings" in capsys.readouterr().err
+    assert "views-distill.json was made with other settings" in capsys.readouterr().err
 
 
 def test_newest_teacher(teachers, tmp_path):

@@ -116,8 +116,8 @@ def check_training_step(model, rectifier, Z, p, recorded, temperature, expected)
     hypothesis = torch.zeros(Mq.shape[:2], dtype=torch.bool)
     for row, labels in zip(hypothesis, recorded["labels"]):
         row[labels] = True
-    # At τ1 = 0.001 rounding errors of 1e-6 in the logits change the gradient by 1e-3; so it is taken
-    # at the recorded logits, which ours have just matched.
+    # At τ1 = 0.001 rounding errors of 1e-6 in the logits change the gradient by 1e-3; so it is
+    # taken at the recorded logits, which ours have just matched.
     logits = logits + (expected - logits).detach()
     masks = reclip.gumbel_masks(logits, temperature)
     similarities = reclip.masked_pooling(masks, Mq)

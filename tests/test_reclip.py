@@ -306,11 +306,12 @@ def test_hypotheses_are_keyed_by_id(demo):
     assert torch.equal(demo(), first.flip(0)[5:8]) and len(demo.encoded) == 24
 
 
-@pytest.mark.parametrize("changes", [dict(crop_ratio=1 / 3), dict(hypothesis="global"),
-                                     dict(seed=1)])
-def test_hypotheses_of_other_settings_are_refused(demo, changes):
+@pytest.mark.parametrize("changes, named", [(dict(crop_ratio=1 / 3), "view 0.5 → 0.33"),
+                                            (dict(hypothesis="global"), "hypothesis crops → glob"),
+                                            (dict(seed=1), "seed 0 → 1")])
+def test_hypotheses_of_other_settings_are_refused(demo, changes, named):
     demo()
-    with pytest.raises(UserError, match="hypotheses.jsonl was made with other settings"):
+    with pytest.raises(UserError, match=rf"hypotheses.jsonl was made with other.*{named}"):
         demo(**changes)
     assert len(demo.encoded) == 24
 
@@ -355,7 +356,17 @@ def test_crop_votes_one_at_a_time(tiny_clip):
         view = TF.resize(crop, 48, TF.InterpolationMode.BICUBIC, antialias=True)
         feature = tiny_clip.encode_image(data.normalise(view, data.CLIP_MEAN, data.CLIP_STD))
         votes[(feature @ Wq.T).argmax()] += 1
-    assert torch.equal(reclip.crop_votes(tiny_clip, [image], Wq, 1 / 3)[0], votes) and votes.sum() == 25
+    assert torch.equal(reclip.crop_votes(tiny_clip, [image], Wq, 1 / 3)[0], votes)
+    assert votes.sum() == 25
+
+
+def test_votes_of_bf16_features_are_compared_in_float32():
+    model = argparse.Namespace(
+        visual=argparse.Namespace(input_resolution=8),
+        encode_image=lambda crops: torch.ones(len(crops), 2) @ torch.eye(2))
+    Wq = torch.tensor([[1.0, 0.0], [1.001, 0.0], [0.5, 0.5]])  # in bf16 the first two are equal
+    image = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    assert reclip.crop_votes(model, [image], Wq, 1 / 2, amp=True).tolist() == [[0, 9, 0]]
 
 
 # ---- Recipes and training ----------------------------------------------------------------------

@@ -84,13 +84,16 @@ def test_an_interrupted_cache_goes_on(demo, encoded, tmp_path):
     assert same(learned(parts), learned(whole))
 
 
-@pytest.mark.parametrize("changes", [("--crop", 80), ("--views", 1), ("--surgery", "program")])
-def test_views_of_other_settings_are_refused(demo, tmp_path, capsys, changes):
+@pytest.mark.parametrize("changes, named", [
+    (("--crop", 80), "crop 96 → 80"), (("--views", 1), "views 2 → 1"),
+    (("--surgery", "program"), "surgery value → program")])
+def test_views_of_other_settings_are_refused(demo, tmp_path, capsys, changes, named):
     demo("--cache", tmp_path / "cache", out="one")
     before = (tmp_path / "cache" / "views.npy").read_bytes()
     with pytest.raises(SystemExit, match="2"):
         demo("--cache", tmp_path / "cache", *changes, out="two")
-    assert "were made with other settings" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"views.json was made with other settings ({named}); delete views.* there" in said
     assert (tmp_path / "cache" / "views.npy").read_bytes() == before
 
 
@@ -103,8 +106,9 @@ def damage_header(cache):
     (cache / "views.json").write_text("{")
 
 
-@pytest.mark.parametrize("damage, message", [(damage_array, "views.npy is damaged; delete it"),
-                                             (damage_header, "or are damaged; delete them")])
+@pytest.mark.parametrize("damage, message", [
+    (damage_array, "views.npy is damaged; delete it"),
+    (damage_header, "views.json is damaged; delete views.*")])
 def test_damaged_views_are_refused(demo, tmp_path, capsys, damage, message):
     demo("--cache", tmp_path / "cache", out="one")
     damage(tmp_path / "cache")

@@ -359,8 +359,9 @@ def gumbel_masks(logits, temperature, noise=0.0):
     scaled = logits / temperature + noise
     # What is less than e⁻⁵⁰ of the likeliest class is raised to that, which no float32 sum notices:
     # subnormal probabilities and gradients would make the backward pass ten times slower on a CPU.
-    soft = torch.maximum(scaled, scaled.detach().amax(1, keepdim=True) - 50).softmax(1)
-    hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
+    highest, winner = scaled.detach().max(1, keepdim=True)
+    soft = torch.maximum(scaled, highest - 50).softmax(1)
+    hard = torch.zeros_like(soft).scatter_(1, winner, 1.0)
     return hard + (soft - soft.detach())
 
 

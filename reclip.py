@@ -39,6 +39,7 @@ except ImportError:  # Windows
     fcntl = None
 
 import clip
+from clip.model import merge_heads
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
                   TrainingViews, UserError, clean_exit, download, draw_seed, normalise,
                   open_dataset, parse_classes, resize_to_scale)
@@ -189,60 +190,33 @@ class Reference(nn.Module):
 def encode_shared_prefix(model, prefix, suffix):
     """CLIP's text features of C texts that begin alike, exactly, for little more than one's price.
 
-    Attention is causal, so the positions of a common beginning are the same for every text and are
-    computed once; only each text's own ending runs C times and looks back at the shared keys and
-    values. Equal to the full encoding up to rounding, in value and gradient.
+    Attention is causal, so the positions of a common beginning are the same for every text. One
+    sequence does for all: the beginning once, then the endings one after another, each token with
+    the position it has in its own text, and looking back at the beginning and at its own ending
+    alone. Equal to the full encoding up to rounding, in value and gradient.
 
     model: a CLIP; prefix: P×width, embeddings of the common beginning, start token included;
     suffix: int64 C×S, token ids of the endings, P+S within the context length; each text is read
     out at the largest id of its ending, which is the end token. Returns C×D, not normalised.
     """
-    P, (C, S) = len(prefix), suffix.shape
-    # The endings are packed: only their N tokens up to each end token are there. `slot` is their
-    # place in the C·S of the padded table, which only attention within an ending needs.
-    used = torch.arange(S, device=suffix.device) <= suffix.argmax(1, keepdim=True)
-    slot, last_token = used.flatten().nonzero()[:, 0], used.sum(1).cumsum(0) - 1
-    prefix = prefix + model.positional_embedding[:P]  # for all texts
-    endings = (model.token_embedding(suffix) + model.positional_embedding[P : P + S])[used]
-    x = torch.cat([prefix, endings])  # (P+N)×width: one product each for all that is per token
-    *blocks, last = model.transformer.resblocks
-    for block in blocks:
-        q, k, v = project(block, x)
-        shared = F.scaled_dot_product_attention(q[:, :P], k[:, :P], v[:, :P], is_causal=True)
-        own = attend_to_shared(q[:, P:], slot, k, v, slot, used)
-        x = x + block.attn.out_proj(torch.cat([shared, own], 1).transpose(0, 1).flatten(1))
+    P, (C, S), device = len(prefix), suffix.shape, suffix.device
+    used = torch.arange(S, device=device) <= suffix.argmax(1, keepdim=True)
+    text, place = used.nonzero().T  # of the endings' N tokens; what follows an end token is left out
+    x = torch.cat([prefix, model.token_embedding(suffix[text, place])])
+    text = torch.cat([text.new_full((P,), -1), text])
+    place = torch.cat([torch.arange(P, device=device), P + place])
+    seen = (text[:, None] == text) | (text == -1)  # (P+N)×(P+N), by whom × what
+    seen &= place[:, None] >= place
+    x = x + model.positional_embedding[place]
+    for block in model.transformer.resblocks:
+        q, k, v = block.attn.project(block.ln_1(x)[None])
+        if block is model.transformer.resblocks[-1]:  # only its outputs at the end tokens matter
+            ends = P - 1 + used.sum(1).cumsum(0)
+            q, x, seen = q[:, :, ends], x[ends], seen[ends]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        x = x + block.attn.out_proj(merge_heads(mixed)[0])
         x = x + block.mlp(block.ln_2(x))
-    # Of the last block only the outputs at the end tokens matter.
-    q, k, v = project(last, x)
-    own = attend_to_shared(q[:, P:][:, last_token], slot[last_token], k, v, slot, used)
-    y = x[P:][last_token] + last.attn.out_proj(own.transpose(0, 1).flatten(1))
-    y = y + last.mlp(last.ln_2(y))
-    return model.ln_final(y) @ model.text_projection
-
-
-def project(block, x):
-    """Queries, keys and values of a sequence: n×width → three of heads×n×d."""
-    return [part[0] for part in block.attn.project(block.ln_1(x)[None])]
-
-
-def attend_to_shared(q, q_slot, k, v, slot, used):
-    """Attention of packed tokens over a shared beginning and, causally, over their own ending.
-
-    q: heads×M×d at the places q_slot of the padded C×S table `used`; k, v: heads×(P+N)×d, those of
-    the beginning first, then those at the places slot. Returns heads×M×d.
-    """
-    (C, S), P, d = used.shape, k.shape[1] - len(slot), q.shape[2]
-
-    def pad(part, place):  # heads×M×… → heads×C×S×…, zeros where no token is
-        table = part.new_zeros(len(part), C * S, part.shape[2])
-        return table.index_copy(1, place, part).unflatten(1, (C, S))
-
-    later = torch.ones(S, S, dtype=torch.bool, device=used.device).triu(1)
-    own = (pad(q, q_slot) @ pad(k[:, P:], slot).mT).masked_fill(later, -torch.inf)  # heads×C×S×S
-    scores = torch.cat([q @ k[:, :P].mT, own.flatten(1, 2)[:, q_slot]], -1)  # heads×M×(P+S)
-    weights = (scores * d**-0.5).softmax(-1)
-    own = pad(weights[..., P:], q_slot) @ pad(v[:, P:], slot)
-    return weights[..., :P] @ v[:, :P] + own.flatten(1, 2)[:, q_slot]
+    return model.ln_final(x) @ model.text_projection
 
 
 class PositionProjection(nn.Conv2d):
@@ -631,7 +605,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     from whose checkpoint training goes on.
     """
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
-                                weight_decay=s.weight_decay)
+                                weight_decay=s.weight_decay, fused=True)
     first = run.resume(optimizer)
     visual = rectifier.visual if s.tune_encoder else image_encoder(model, s.preset)  # Table VI
     views = TrainingViews(data, s.scale, s.crop, s.ratio, s.distort, s.seed)

@@ -677,32 +677,28 @@ class Batches:
         self.n, self.batch, self.seed, self.first = n, batch, seed, first
         self.per_epoch = -(-n // batch)
         self.total = epochs * self.per_epoch
+        self.epoch, self.order = None, None  # the last that was asked for
 
     def __len__(self):
         return self.total - self.first
 
     def __iter__(self):
         for step in range(self.first, self.total):
-            epoch, place = divmod(step, self.per_epoch)
-            if place == 0 or step == self.first:
-                order = self.order(epoch)
-            part = order[place * self.batch : (place + 1) * self.batch]
-            yield [(epoch, i) for i in part[rank()::world()] or part[:1]]
+            images = self.images(step)
+            yield [(self.epoch, i) for i in images[rank()::world()] or images[:1]]
 
-    def order(self, epoch):
-        """All indices as the epoch has them."""
-        generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, "order"))
-        return torch.randperm(self.n, generator=generator).tolist()
+    def images(self, step):
+        """The indices of a whole batch."""
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, "order"))
+            self.epoch, self.order = epoch, torch.randperm(self.n, generator=generator).tolist()
+        return self.order[place * self.batch : (place + 1) * self.batch]
 
     def weight(self, step):
         """This process's share of a batch, relative to the mean share: 1 for a single process."""
         size = min(self.batch, self.n - step % self.per_epoch * self.batch)
         return len(range(rank(), size, world())) * world() / size
-
-    def images(self, step):
-        """The indices of a whole batch."""
-        epoch, place = divmod(step, self.per_epoch)
-        return self.order(epoch)[place * self.batch : (place + 1) * self.batch]
 
     def loader(self, views, workers, device):
         """A DataLoader of these batches; views: TrainingViews or FixedViews."""

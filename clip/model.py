@@ -61,11 +61,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """B x n x width -> B x n x width. Causal: position i sees positions 0 ... i."""
-        return self.mix(*self.project(x))
-
-    def mix(self, query, key, value):
-        """What `project` returns -> B x n x width: attention over the keys, heads joined."""
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        mixed = F.scaled_dot_product_attention(*self.project(x), is_causal=self.causal)
         return self.out_proj(merge_heads(mixed))
 
 
@@ -112,13 +108,9 @@ class ResidualAttentionBlock(nn.Module):
         ))
         self.ln_2 = LayerNorm(width)
 
-    def attention(self, x):
-        """Attention alone, of an already normalised x: B x n x width -> the same."""
-        return self.attn(x)
-
     def forward(self, x):
         """B x n x width -> B x n x width."""
-        x = x + self.attention(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 

@@ -9,7 +9,7 @@ The file goes from names to pixels: 1 class names and templates, 2 colours, 3 re
 
 Images are uint8 tensors 3×H×W (RGB). Labels are int64 tensors H×W holding class indices 0…C-1, and
 VOID where a pixel has no class or counts for nothing. Only `SegmentationData.label` and `.objects`
-open ground truth; training never calls them.
+open ground truth; training never calls them, unless asked for (--use-ground-truth-void).
 """
 
 import argparse
@@ -18,6 +18,7 @@ import functools
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import struct
 import sys
@@ -46,33 +47,49 @@ class UserError(Exception):
 
 
 def clean_exit(main):
-    """Decorator for every script's main(): a UserError becomes one line on stderr, exit code 2."""
+    """Decorator for every script's main(): what a user can mend is one line on stderr, exit code 2.
+
+    That is a UserError, a file that cannot be read or written, and too little memory. Anything else
+    is a mistake of ours and keeps its traceback.
+    """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except UserError as error:
-            # From a DataLoader's worker the error arrives with its traceback as text in front:
-            # our own message is what follows the last "UserError: ".
-            line = " ".join(str(error).split("UserError: ")[-1].split())
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            line = explain(error)
+            if line is None:
+                raise
             print(f"error: {line}", file=sys.stderr)
             raise SystemExit(2) from None
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            if not full and error.filename is None:  # nothing that a user could mend
-                raise
-            advice = ("; make room and repeat the command, which goes on where it stopped" if full
-                      else "")
-            where = f" {error.filename}" if error.filename else ""
-            print(f"error: cannot {'write' if full else 'use'}{where}: {error.strerror}{advice}",
-                  file=sys.stderr)
-            raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print("\nstopped; the same command goes on where it stopped", file=sys.stderr)
+            print("\nstopped; repeat the command, and whatever it had saved is used",
+                  file=sys.stderr)
             raise SystemExit(130) from None
 
     return wrapper
+
+
+def explain(error):
+    """What an exception tells the user, in one line; None where there is nothing for them to do."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        # From a DataLoader's worker the error arrives with its traceback as text in front: our own
+        # message is what follows the last "UserError: ".
+        return text.split("UserError: ")[-1]
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"cannot write{where}: {error.strerror}; make room and repeat the command"
+        return f"cannot use{where}: {error.strerror}" if where else None
+    if re.search(r"DataLoader worker \(pid.* (killed|exited)", text):
+        return (f"a process that reads images has died ({text[:80]}…), most likely for want of "
+                "memory; repeat the command with fewer --workers, or 0")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        return (f"out of memory ({text[:80]}…); repeat the command with a smaller --batch, or, in "
+                "training, a smaller --crop and --scale")
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -225,8 +242,8 @@ CITYSCAPES_PALETTE = torch.tensor([  # the official colours, in the order of the
 
 def dataset_palette(name, num_classes):
     """The colours of a data set's classes, uint8 C×3: its own where it has some, else VOC's."""
-    own = {"cityscapes": CITYSCAPES_PALETTE, "shapes": SHAPES_PALETTE}
-    return own[name] if name in own else palette(num_classes)
+    own = {"cityscapes": CITYSCAPES_PALETTE, "shapes": SHAPES_PALETTE}.get(name, ())
+    return own if len(own) == num_classes else palette(num_classes)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,6 +414,18 @@ class SegmentationData:
     def size(self, index):
         """(H, W) of image(index), read from the file's header."""
         return image_size(self.image_path(index))
+
+    def fingerprint(self):
+        """A short name for which images these are: others, another name.
+
+        From their ids, and in a folder of one's own, where names tell little, from the files' sizes
+        too; no image is opened.
+        """
+        digest = hashlib.sha256("\n".join(self.ids).encode(errors="surrogateescape"))
+        if self.name == "folder":
+            sizes = [os.path.getsize(self.image_path(i)) for i in range(len(self))]
+            digest.update(repr(sizes).encode())
+        return digest.hexdigest()[:16]
 
     def label_path(self, index):
         """(path, table) of the label, or None if there is none. Opens nothing."""
@@ -882,6 +911,12 @@ def padding(sizes, H, W):
     return rows[:, :, None] | columns[:, None, :]
 
 
+def check_seed(seed):
+    """Raises UserError for a --seed that torch cannot take."""
+    if not -1 << 63 <= seed < 1 << 63:
+        raise UserError(f"--seed is {seed}; expected an integer of 64 bits")
+
+
 def draw_seed(*parts):
     """A seed of 63 bits, the same on every machine and in every process, from ints and strings.
 
@@ -1236,6 +1271,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.limit < 1:
         raise UserError(f"--limit is {args.limit}; expected 1 or more")
+    check_seed(args.seed)
     classes = parse_classes(args.classes) if args.classes is not None else None
     if args.download:
         download(args.dataset, args.data_root)

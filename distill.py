@@ -24,13 +24,14 @@ import torchvision
 from torch import nn
 
 import evaluate
-from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, clean_exit,
-                  draw_seed, normalise, open_dataset, padding)
+from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, check_seed,
+                  clean_exit, draw_seed, normalise, open_dataset, padding)
 from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, as_checkpoint, barrier,
                     classify, contrastive_loss, dense_features, fingerprint, folder_lock,
                     gumbel_masks, gumbel_noise, hypotheses_file, load_checkpoint, make_folder,
                     make_hypotheses, make_views, masked_pooling, mean_over_processes,
-                    open_rectified, parallel, pick_device, plain, resized_positions, world)
+                    open_rectified, parallel, pick_device, plain, resized_positions, use_amp,
+                    world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -645,7 +646,8 @@ def parse_arguments(argv):
     flag("--seed", dest="student_seed", type=int, help="of the student's training (default: the "
          "teacher's)")
     flag("--device", help="default: cuda, else mps, else cpu")
-    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 networks (default: on cuda)")
+    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 networks (default: on a GPU "
+         "that has it)")
     flag("--workers", type=int, help="processes that read images (default: as the teacher's)")
     group = parser.add_argument_group("single values of the recipe (default: as published)")
     flag = group.add_argument
@@ -695,6 +697,7 @@ def settings_of(args, teacher):
     for name in ("epochs", "batch", "lr"):
         if not 0 < getattr(s, name) < math.inf:
             raise UserError(f"--{name} is {getattr(s, name)}; expected more than 0")
+    check_seed(s.student_seed)
     if s.workers < 0:
         raise UserError(f"--workers is {s.workers}; expected 0 or more")
     if s.views < 0:
@@ -725,7 +728,7 @@ def main(argv=None):
     t, s = teacher.settings, settings_of(args, teacher)
     s.teacher, s.out, s.device = path, args.out or path.parent, str(device)
     s.cache = args.cache or s.out
-    s.amp = device.type == "cuda" if args.amp is None else args.amp
+    s.amp = use_amp(args.amp, device)
     data = open_dataset(s.dataset, s.data_root, "train",
                         teacher.classes if s.dataset == "folder" else None, s.seed)
     if data.classes != teacher.classes:
@@ -759,15 +762,17 @@ def main(argv=None):
 
 def show_beside_teacher(out, teacher, options):
     """One line: mIoU of the teacher, evaluated unless it was so already, and of the student."""
-    read = lambda path: json.loads(path.read_text()) if path.exists() else {}
-    alike = lambda r: r and r["split"] == "val" and not r["slide"] and not r["count_absent"]
-    if not read(out / "results.json").get("distilled"):
+    def read():
+        files = [folder / "results.json" for folder in (teacher.parent, out)]
+        results = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
+        return {name: r["miou"] for stages in results for name, r in stages.items()
+                if r.get("standard") and name in ("maskclip", "rectified", "distilled")}
+
+    if "distilled" not in read():
         return  # there are no labels to compare with
-    if not alike(read(teacher.parent / "results.json").get("maskclip")):
-        evaluate.main(["--checkpoint", str(teacher), *options])
-    results = read(teacher.parent / "results.json") | read(out / "results.json")
-    names = [name for name in ("maskclip", "rectified", "distilled") if name in results]
-    print("mIoU: " + "  ".join(f"{name} {results[name]['miou']:.2f}" for name in names))
+    if len(read()) == 1:
+        evaluate.main(["--checkpoint", str(teacher), "--out", str(out), *options])
+    print("mIoU: " + "  ".join(f"{name} {miou:.2f}" for name, miou in read().items()))
 
 
 if __name__ == "__main__":

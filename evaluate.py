@@ -37,7 +37,7 @@ from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette,
 from reclip import (MACHINE, Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
                     gather, hypotheses_file, load_checkpoint, load_clip, make_folder,
                     make_hypotheses, open_rectified, pick_device, plain, plain_maskclip,
-                    query_features, rank, recipe, world, write_text)
+                    query_features, rank, recipe, use_amp, world, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -847,21 +847,11 @@ RECTIFIED = {
     "class-norm": "--wr-norm class",
 }
 # Runs of distill.py: their teacher, and what they change of the recipe.
-DISTILLED = {
-    "maskclip+": ("maskclip", ""),
-    "reclip-distilled": ("reclip", ""),
-    "reclip-mask": ("reclip", "--losses mask"),
-    "reclip-mask-feature": ("reclip", "--losses mask,feature"),
-    "reclip-learned": ("reclip", "--head learned"),
-    "reclip-query": ("reclip", "--head query"),
-    "reclip-query-bias": ("reclip", "--head query+bias"),
-    "reclip++-distilled": ("reclip++", ""),
-    "reclip++-mask": ("reclip++", "--losses mask"),
-    "reclip++-mask-feature": ("reclip++", "--losses mask,feature"),
-    "reclip++-learned": ("reclip++", "--head learned"),
-    "reclip++-query": ("reclip++", "--head query"),
-    "reclip++-query-bias": ("reclip++", "--head query+bias"),
-}
+DISTILLED = {"maskclip+": ("maskclip", "")} | {
+    f"{teacher}-{name}": (teacher, flags) for teacher in ("reclip", "reclip++")
+    for name, flags in (("distilled", ""), ("mask", "--losses mask"),
+                        ("mask-feature", "--losses mask,feature"), ("learned", "--head learned"),
+                        ("query", "--head query"), ("query-bias", "--head query+bias"))}
 # Title; data sets of the papers' numbers; the row that the others are compared with; rows: what it
 # is, run and, unless mIoU, measure, the papers' numbers.
 TABLES = (
@@ -997,6 +987,7 @@ def measured(folder, run):
     path = Path(folder) / "results.json"
     stage = "distilled" if run in DISTILLED else "maskclip" if run == "maskclip" else "rectified"
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    results = {name: result for name, result in results.items() if result.get("standard")}
     probe = results.get(f"linear_probe_{stage}")
     return results.get(stage, {}) | ({"linear_probe": probe["miou"]} if probe else {})
 
@@ -1191,6 +1182,9 @@ def open_network(args, path, device):
     """
     state = None if path is None else authors_state(path)
     if path is not None and state is None:
+        if args.surgery or args.activation:
+            raise UserError(f"--surgery and --activation are what {path} was trained with; they "
+                            "cannot be changed afterwards")
         return None
     dataset = args.dataset or ("shapes" if args.clip == "shapes-tiny" else "folder")
     if path is not None and dataset not in CLASSES:
@@ -1201,7 +1195,7 @@ def open_network(args, path, device):
                            method=method, data_root=args.data_root, seed=0, workers=0)
     s.clip, s.surgery = args.clip or s.clip, args.surgery or s.surgery
     classes = parse_classes(args.classes) if path is None else CLASSES[dataset]
-    model = load_clip(s.clip, args.activation, device)
+    model = load_clip(s.clip, args.activation or "quick_gelu", device)
     if path is None:
         return plain_maskclip(model, classes, s)
     Wq = query_features(model, classes).to(device)
@@ -1253,8 +1247,8 @@ def parse_arguments(argv):
          "text file with one name a line")
     flag("--surgery", choices=("program", "value"), help="with --classes: keep residual and MLP of "
          "CLIP's last block, or not")
-    flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="that --clip "
-         "was trained with, where no checkpoint of ours tells")
+    flag("--activation", choices=("quick_gelu", "gelu"), help="that --clip was trained with, where "
+         "no checkpoint of ours tells (default: quick_gelu)")
     return parser.parse_args(argv)
 
 
@@ -1270,9 +1264,12 @@ def check_arguments(args):
                         f"{args.slide[0]}; expected at most that")
     if args.pd is not None and not 0 <= args.pd <= 1:
         raise UserError(f"--pd is {args.pd}; expected 0 to 1")
-    if args.images and (args.bias or args.figures or args.linear_probe):
-        raise UserError("--images predicts; --bias, --figures and --linear-probe evaluate: one of "
-                        "the two at a time")
+    if args.no_pd and args.pd is not None:
+        raise UserError("--pd and --no-pd contradict each other")
+    for option in ("bias", "figures", "linear_probe", "hypotheses", "count_absent"):
+        if args.images and getattr(args, option):
+            raise UserError(f"--images predicts, --{option.replace('_', '-')} evaluates: one of the "
+                            "two at a time")
     if args.tables and (args.checkpoint or args.images or args.split != "val"):
         raise UserError("--tables trains what it evaluates; --checkpoint, --images and --split do "
                         "not go with it")
@@ -1290,17 +1287,21 @@ def check_arguments(args):
 def stage_results(confusions, segment, data, args):
     """What results.json holds of each stage: scores, and how they were made.
 
-    confusions: as `evaluate` gives them, with or without bins.
+    confusions: as `evaluate` gives them, with or without bins. "standard" is what was evaluated on
+    the validation images of the run's own data set in the way of its recipe.
     """
-    results = {}
+    results, s = {}, segment.settings
+    standard = (data.name, data.split, segment.slide, args.count_absent) == (
+        s.dataset, "val", None, False)
     for name, confusion in confusions.items():
         bins = confusion.dim() == 3
         result = scores(confusion.sum(0) if bins else confusion, args.count_absent)
         result["iou"] = dict(zip(data.classes, result["iou"]))
         result |= dict(dataset=data.name, split=data.split, images=len(data), slide=args.slide,
                        pd=segment.pd if name == "rectified" else None,
-                       count_absent=args.count_absent)
-        if getattr(segment.settings, "use_ground_truth_void", False):  # not trained unsupervised
+                       count_absent=args.count_absent,
+                       standard=standard and (name != "rectified" or segment.pd == s.pd))
+        if getattr(s, "use_ground_truth_void", False):  # not trained unsupervised
             result["trained_with_ground_truth_void"] = True
         if bins:
             objects = "instance masks" if data.instances else "connected regions of a class"
@@ -1354,11 +1355,11 @@ def main(argv=None):
         args.dataset, args.out = args.dataset or "shapes", args.out or Path("runs/tables")
         return make_tables(args)
     device = pick_device(args.device)
-    amp = device.type == "cuda" if args.amp is None else args.amp
     pd = None if args.no_pd else "recipe" if args.pd is None else args.pd
     path = None if args.classes is not None else args.checkpoint or newest_checkpoint()
     foreign = open_network(args, path, device)
-    options = dict(device=device, source=args.clip, pd=pd, slide=args.slide, amp=amp)
+    options = dict(device=device, source=args.clip, pd=pd, slide=args.slide,
+                   amp=use_amp(args.amp, device))
     segment = Segmenter(foreign or path, **options)
     s = segment.settings
     folder = Path("runs") / (path.stem if path else "maskclip") if foreign else path.parent

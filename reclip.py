@@ -41,7 +41,7 @@ except ImportError:  # Windows
 import clip
 from clip.model import merge_heads
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
-                  TrainingViews, UserError, clean_exit, download, draw_seed, normalise,
+                  TrainingViews, UserError, check_seed, clean_exit, download, draw_seed, normalise,
                   open_dataset, parse_classes, resize_to_scale)
 
 # ------------------------------------------------------------------------------------------------
@@ -92,7 +92,8 @@ def dense_features(visual, images, surgery="program"):
     images: B×3×H×W, normalised. Returns B×D×h×w; `F.normalize(…, dim=1)` of it is Z.
     """
     x, (h, w) = tokens_before_last_block(visual, images)
-    return project_values(visual, x[:, 1:], surgery).mT.unflatten(2, (h, w))
+    features = value_features(visual, x[:, 1:], surgery) @ visual.proj
+    return features.mT.unflatten(2, (h, w))
 
 
 def value_features(visual, x, surgery):
@@ -105,11 +106,6 @@ def value_features(visual, x, surgery):
         v = v + x
         v = v + block.mlp(norm(block.ln_2, v))
     return visual.ln_post(v)
-
-
-def project_values(visual, x, surgery):
-    """value_features in the joint space: B×n×width → B×n×D."""
-    return value_features(visual, x, surgery) @ visual.proj
 
 
 def global_feature(visual, images):
@@ -378,9 +374,12 @@ def contrastive_loss(similarities, hypothesis, tau=0.01):
 
 
 def crop_windows(H, W, r):
-    """Windows (top, left, height, width) of r times the image's sides, half a window apart."""
+    """Windows (top, left, height, width) of r times the image's sides, half a window apart.
+
+    r = 1/6 gives 11×11. Where 2/r is no whole number they overlap a little more.
+    """
     height, width = max(1, round(r * H)), max(1, round(r * W))
-    steps = round(2 / r) - 1  # r = 1/6: 11×11 windows
+    steps = math.ceil(2 / r - 1e-9) - 1
 
     def starts(side, window):
         return [round(i * (side - window) / max(1, steps - 1)) for i in range(steps)]
@@ -445,8 +444,9 @@ def make_hypotheses(data, model, Wq, s, path, device):
     crops, part = s.hypothesis == "crops", Path(f"{path}.part{rank()}")
     header = dict(hypothesis=s.hypothesis, data=data.name, classes=data.classes,
                   seed=s.seed if data.name == "shapes" else 0, clip=fingerprint(model),
-                  activation=s.activation,
-                  view=s.crop_ratio if crops else list(s.scale))
+                  activation=s.activation, view=s.crop_ratio if crops else list(s.scale))
+    if data.name == "folder":  # an id of a benchmark is the same image everywhere
+        header["images"] = data.fingerprint()
     line = lambda row: json.dumps(row) + "\n"  # escaped: a file's name may be no UTF-8
     with folder_lock(path.parent / ".cache.lock", wait=True):
         barrier()
@@ -609,10 +609,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     first = run.resume(optimizer)
     visual = rectifier.visual if s.tune_encoder else image_encoder(model, s.preset)  # Table VI
     views = TrainingViews(data, s.scale, s.crop, s.ratio, s.distort, s.seed)
-    patch = visual.conv1.stride[0]
-    grid = -(-s.crop // patch)
-    if grid == 1:
-        raise UserError(f"--crop {s.crop} is a single patch; expected more than {patch}")
+    grid = -(-s.crop // visual.conv1.stride[0])
     p = resized_positions(visual, grid, grid)
 
     def encode(batch):
@@ -680,7 +677,7 @@ class Batches:
         self.epoch, self.order = None, None  # the last that was asked for
 
     def __len__(self):
-        return self.total - self.first
+        return max(0, self.total - self.first)
 
     def __iter__(self):
         for step in range(self.first, self.total):
@@ -753,8 +750,8 @@ def make_views(views, s, name, facts, encode, device):
     data, K, n = views.data, s.views, len(views)
     path, part, done_path = (s.cache / f"{name}{end}" for end in (".npy", ".npy.part", ".done"))
     blocks = [(k, rows) for k in range(K) for rows in torch.arange(n).split(BLOCK)]
-    header = dict(data=data.name, ids=hashlib.sha256("\n".join(data.ids).encode()).hexdigest()[:16],
-                  views=K, amp=s.amp, seed=views.seed, scale=list(views.scale), crop=views.crop,
+    header = dict(data=data.name, images=data.fingerprint(), views=K,
+                  amp=s.amp, seed=views.seed, scale=list(views.scale), crop=views.crop,
                   ratio=list(views.ratio), distort=views.distort, **facts)
     with folder_lock(s.cache / ".cache.lock", wait=True):
         barrier()
@@ -916,7 +913,7 @@ class Run:
     def __init__(self, path, s, data, model, learner):
         self.path, self.ids, self.model, self.learner = path, data.ids, model, learner
         self.facts = dict(kind=path.stem, settings=plain(s), classes=list(data.classes),
-                          clip=fingerprint(model))
+                          images=data.fingerprint(), clip=fingerprint(model))
         self.saved, self.kept, self.stopping = time.monotonic(), 0, False
         self.previous = load_checkpoint(path) if path.exists() else None  # until it is resumed
         if self.previous:
@@ -1019,7 +1016,7 @@ def as_checkpoint(path):
     """What goes wrong inside is a UserError: there are many ways to be damaged or foreign."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}") from None
@@ -1031,7 +1028,8 @@ def as_checkpoint(path):
 
 def check_same_run(checkpoint, facts, path):
     """Raises UserError where a run's folder holds the results of other settings."""
-    for what, message in (("classes", "other classes"), ("clip", "another CLIP")):
+    for what, message in (("classes", "other classes"), ("images", "other images"),
+                          ("clip", "another CLIP")):
         if checkpoint[what] != facts[what]:
             raise UserError(f"{path} was made with {message}; choose another folder with --out")
     old, new = ({key: value for key, value in settings.items() if key not in MACHINE}
@@ -1078,9 +1076,10 @@ def folder_lock(path, wait=False):
     """Hold a lock file, so that two processes do not write the same things at a time.
 
     It is free again when this process ends, however it ends. Where another has it: wait, or raise
-    UserError. (Windows has no such locks: there nothing is held.)
+    UserError. Nothing is held where nothing can be written, and where the system (Windows) or the
+    file system knows no such locks.
     """
-    if rank() or fcntl is None:
+    if rank() or fcntl is None or not os.access(path.parent, os.W_OK):
         yield
         return
     with open(path, "w") as file:
@@ -1092,6 +1091,8 @@ def folder_lock(path, wait=False):
                                 "choose another folder with --out") from None
             print(f"waiting for another process that is at work in {path.parent}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
         yield
 
 
@@ -1460,6 +1461,13 @@ def pick_device(name=None):
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
+def use_amp(given, device):
+    """Whether networks run in bf16: as --amp says, else on a GPU that has instructions for it."""
+    if given is not None:
+        return given
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def parse_arguments(argv):
     """The command line as a namespace; what is not given is None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -1476,7 +1484,8 @@ def parse_arguments(argv):
          "can share (default: the run's folder)")
     flag("--seed", type=int, default=0)
     flag("--device", help="default: cuda, else mps, else cpu")
-    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on cuda)")
+    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU "
+         "that has it; worth it on a CPU that has instructions for it, too)")
     flag("--workers", type=int, help="processes that read images (default: one a core, at most 8)")
     group = parser.add_argument_group("single values of the recipe (default: as published)")
     flag = group.add_argument
@@ -1549,8 +1558,7 @@ def check_values(s):
         value = getattr(s, key)
         if (min(value) if key == "scale" else value) < low:
             raise UserError(f"--{key} is {value}; expected {low} or more")
-    if not -1 << 63 <= s.seed < 1 << 63:
-        raise UserError(f"--seed is {s.seed}; expected an integer of 64 bits")
+    check_seed(s.seed)
     for key in ("tau", "mask_temperature", "lr"):
         if not 0 < getattr(s, key) < math.inf:
             raise UserError(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected more than 0")
@@ -1561,10 +1569,10 @@ def check_values(s):
             raise UserError(f"--{key.replace('_', '-')} is {value}; expected {low} to {high}")
     if s.views and s.tune_encoder:
         raise UserError("--tune-encoder changes the features in every step; it needs --views 0")
-    if s.hypothesis == "none" and (s.bias != "none" or s.decoder or s.learn_query or
+    if s.method == "maskclip" and (s.bias != "none" or s.decoder or s.learn_query or
                                    s.tune_encoder):
         raise UserError("--method maskclip learns nothing; for parts of the method start from "
-                        "another --method, or name a --hypothesis")
+                        "another --method")
     if (s.learn_query or s.tune_encoder) and s.bias == "none" and not s.decoder:
         raise UserError("--learn-query and --tune-encoder need a bias or a decoder beside them")
     if s.learn_query and s.pooling == "cosine":
@@ -1576,8 +1584,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     device = pick_device(args.device)
     s = settings_of(args)
-    s.amp = device.type == "cuda" if args.amp is None else args.amp
-    s.device = str(device)
+    s.amp, s.device = use_amp(args.amp, device), str(device)
     classes = None if args.classes is None else parse_classes(args.classes)
     if s.download and rank() == 0:
         download(s.dataset, s.data_root)
@@ -1585,6 +1592,9 @@ def main(argv=None):
     data = open_dataset(s.dataset, s.data_root, "train", classes, s.seed)
     s.classes = data.classes
     model = load_clip(s.clip, s.activation, device)
+    if s.crop <= model.visual.conv1.stride[0]:
+        raise UserError(f"--crop {s.crop} is a single patch; expected more than "
+                        f"{model.visual.conv1.stride[0]}")
     print("  ".join(f"{key}={value}" for key, value in plain(s).items() if key != "classes"))
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes → {s.out}/")
 

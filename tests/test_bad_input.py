@@ -251,6 +251,10 @@ CASES = {
     reclip.main: [
         # the command line
         (["--seed", str(1 << 70)], "--seed is 1180591620717411303424"),
+        (["--crop", "8"], "--crop 8 is a single patch; expected more than 8"),
+        (["--method", "maskclip", "--decoder"], "--method maskclip learns nothing"),
+        (["--method", "maskclip", "--bias", "joint", "--hypothesis", "crops"],
+         "--method maskclip learns nothing"),
         (["--lr", "nan"], "--lr is nan; expected more than 0"),
         (["--tau", "inf"], "--tau is inf; expected more than 0"),
         (["--threshold", "nan"], "--threshold is nan; expected 0 to 1"),
@@ -320,6 +324,11 @@ CASES = {
         (["--checkpoint", "run/reclip.pt", "--slide", "10", "20"], "leaves gaps"),
         (["--checkpoint", "run/reclip.pt", "--out", "file"], "cannot write to file"),
         (["--checkpoint", "run/reclip.pt", "--method", "maskclip"], "--method goes with --images"),
+        (["--checkpoint", "run/reclip.pt", "--pd", "0.5", "--no-pd"], "contradict each other"),
+        *((["--checkpoint", "run/reclip.pt", *words], "cannot be changed afterwards") for words in (
+            ("--surgery", "value"), ("--activation", "gelu"))),
+        *((["--checkpoint", "run/reclip.pt", "--images", "good", flag],
+           f"--images predicts, {flag} evaluates") for flag in ("--hypotheses", "--count-absent")),
         (["--checkpoint", "run/reclip.pt", "--images", "good", "--out", "file"],
          "cannot write to file"),
         (["--images", "good", "--method", "maskclip", "--classes", "a, a"], "is repeated"),
@@ -343,6 +352,7 @@ CASES = {
         (["--teacher", "run/reclip.pt", "--lr", "nan"], "--lr is nan"),
         (["--teacher", "run/reclip.pt", "--lr", "inf"], "--lr is inf"),
         (["--teacher", "run/reclip.pt", "--workers", "-1"], "--workers is -1"),
+        (["--teacher", "run/reclip.pt", "--seed", str(1 << 63)], "--seed is 9223372036854775808"),
         (["--teacher", "run/reclip.pt", "--losses", ""], "expected some of mask,feature,text"),
         (["--teacher", "run/reclip.pt", "--pd", "nan"], "--pd is nan; expected 0 to 1"),
         (["--teacher", "run/reclip.pt", "--clip", "clip.pt"], "with another CLIP than clip.pt"),
@@ -363,6 +373,7 @@ CASES = {
     ],
     data.main: [
         (["--limit", "-3"], "--limit is -3"),
+        (["--seed", str(1 << 63)], "--seed is 9223372036854775808"),
         (["--dataset", "voc", "--data-root", "file"], "no folder file"),
         (["--dataset", "context", "--data-root", "context", "--convert", "mats"],
          "cannot read mats/2008_000002.mat"),

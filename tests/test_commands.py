@@ -382,6 +382,11 @@ def test_another_run_in_the_same_folder(demo, place, clip_file, capsys):
     ]:
         assert message in error(capsys, reclip.main, *arguments, "--device", "cpu")
     assert (out / "reclip.pt").read_bytes() == before
+    own = ("--out", "own", "--method", "maskclip", *FOLDER, "photos", "--classes", "cat", "--clip",
+           clip_file, "--workers", 0)
+    run(reclip.main, *own)
+    shutil.copy("photos/2011_000003.jpg", "photos/2011_000006.jpg")
+    assert "own/reclip.pt was made with other images" in error(capsys, reclip.main, *own)
     scores = (out / "hypotheses.jsonl").read_text()
     (out / "hypotheses.jsonl").unlink()
     assert "was made with another CLIP" in error(capsys, reclip.main, *short, "--clip", clip_file)

@@ -656,6 +656,49 @@ def test_an_error_in_a_worker_is_one_line_too(tmp_path, capsys):
     assert said.startswith("error: cannot read image") and "a.jpg" in said
 
 
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "a smaller --batch"),
+    (MemoryError(), "out of memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't "
+                  "allocate memory: you tried to allocate 9 bytes"), "a smaller --batch"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
+    (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "fewer --workers"),
+    (OSError(28, "No space left on device", "x.pt"), "cannot write x.pt: No space left"),
+    (PermissionError(13, "Permission denied", "x.pt"), "cannot use x.pt: Permission denied"),
+    (OSError("not a file's"), None),
+    (RuntimeError("shapes cannot be multiplied"), None),
+])
+def test_what_a_user_can_mend_is_one_line(error, said, capsys):
+    @data.clean_exit
+    def fail():
+        raise error
+
+    with pytest.raises(type(error) if said is None else SystemExit):
+        fail()
+    err = capsys.readouterr().err
+    assert err == "" if said is None else err.startswith("error: ") and err.count("\n") == 1
+    assert said is None or said in err
+
+
+def test_fingerprints_tell_images_apart(tmp_path):
+    for folder, size in (("a", 4), ("b", 4), ("c", 9)):
+        (tmp_path / folder).mkdir()
+        for name in "xy":
+            Image.new("RGB", (size, size)).save(tmp_path / folder / f"{name}.bmp")
+    name = lambda folder: data.open_dataset("folder", tmp_path / folder, classes=["cat"])
+    a, b, c = (name(folder).fingerprint() for folder in "abc")
+    assert a == b != c
+    (tmp_path / "a/x.bmp").unlink()
+    assert name("a").fingerprint() not in (b, c)
+    assert (data.open_dataset("shapes").fingerprint()
+            != data.open_dataset("shapes", split="val").fingerprint())
+
+
+def test_palettes_fit_the_classes():
+    assert torch.equal(data.dataset_palette("shapes", 10), data.SHAPES_PALETTE)
+    assert torch.equal(data.dataset_palette("shapes", 12), data.palette(12))
+
+
 def test_failed_downloads(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("network is unreachable")

@@ -130,7 +130,7 @@ def test_broken_images_are_named_and_the_others_done(predict, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["nowhere"], "--images: no file or folder nowhere"),
     (["empty"], "--images: no images in empty; expected .jpg"),
-    (["a.png", "--bias"], "--images predicts; --bias"),
+    (["a.png", "--bias"], "--images predicts, --bias evaluates"),
     (["a.png", "--classes", "cat"], "--classes goes with"),
     (["a.png", "--out", "a.png"], "cannot write to a.png"),
 ])

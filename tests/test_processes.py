@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(processes, folder, *argv):
+def launch(processes, *argv):
     """Run a script of ROOT on the demo in one or two processes; its output."""
     run = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
     for method in ("reclip", "reclip++"):
         for processes in (1, 2):
             folder = tmp_path_factory.mktemp("runs") / f"{method}-{processes}"
-            out = launch(processes, folder, "reclip.py", "--method", method, "--out", folder,
+            out = launch(processes, "reclip.py", "--method", method, "--out", folder,
                          "--batch", 61, "--epochs", 1, "--lr", 0.003)
             assert out.count("mIoU") == 1  # one process speaks
             folders[method, processes] = folder
@@ -71,14 +71,14 @@ def test_an_evaluation_in_two_processes_counts_each_image_once(runs, tmp_path):
     results = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        launch(processes, out, "evaluate.py", "--checkpoint", checkpoint, "--out", out, "--bias")
+        launch(processes, "evaluate.py", "--checkpoint", checkpoint, "--out", out, "--bias")
         results.append(json.loads((out / "results.json").read_text()))
     assert results[0] == results[1] and results[0]["rectified"]["images"] == 250
 
 
 def test_a_student_is_taught_by_two_processes(runs, tmp_path):
     teacher = runs["reclip++", 1] / "reclip.pt"
-    out = launch(2, tmp_path, "distill.py", "--teacher", teacher, "--out", tmp_path, "--batch", 61,
+    out = launch(2, "distill.py", "--teacher", teacher, "--out", tmp_path, "--batch", 61,
                  "--epochs", 1)
     assert out.count("mIoU: maskclip") == 1  # one process speaks
     checkpoint = torch.load(tmp_path / "distill.pt", weights_only=True)

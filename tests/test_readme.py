@@ -22,7 +22,7 @@ def commands():
               for line in block.splitlines()]
     found = [line for line in blocks + re.findall(r"`(python [^`]*)`", README.replace("\n", " "))
              if line.startswith("python ") and line.split()[1] in MAINS]
-    return [shlex.split(line.replace("$seed", "0"), comments=True)[1:] for line in found]
+    return [shlex.split(line, comments=True)[1:] for line in found]
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

@@ -241,6 +241,16 @@ def test_windows_overlap_by_half_and_cover_the_image(r, steps, H, W):
         assert all(abs(b - a - r * side / 2) <= 1 for a, b in zip(starts, starts[1:]))
 
 
+@pytest.mark.parametrize("r, steps", [(0.95, 2), (0.8, 2), (0.3, 6), (0.22, 9)])
+def test_windows_of_any_size_reach_both_ends(r, steps):
+    windows = crop_windows(400, 500, r)
+    assert len(windows) == len(set(windows)) == steps**2
+    for starts, side in (({t for t, *_ in windows}, 400), ({l for _, l, *_ in windows}, 500)):
+        starts = sorted(starts)
+        assert starts[0] == 0 and starts[-1] == side - round(r * side)
+        assert all(b - a <= r * side / 2 + 1 for a, b in zip(starts, starts[1:]))
+
+
 def test_crops_are_clips_view_of_the_windows():
     image = (pictures(3, 60, 90).sigmoid() * 255).to(torch.uint8)
     crops = reclip.cut_crops(image, 1 / 2, 24)

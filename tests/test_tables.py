@@ -101,8 +101,9 @@ def test_means_and_marks_of_the_papers_numbers(few, tmp_path):
         stage = dict(maskclip="maskclip").get(name, "distilled" if "mask" in name else "rectified")
         for seed, value in enumerate(miou):
             (tmp_path / f"{name}-{seed}").mkdir()
-            results = {stage: dict(miou=value, class_preference=value / 100),
-                       f"linear_probe_{stage}": dict(miou=value + 20), "other": dict(miou=-1)}
+            results = {stage: dict(miou=value, class_preference=value / 100, standard=True),
+                       f"linear_probe_{stage}": dict(miou=value + 20, standard=True),
+                       "other": dict(miou=-1, standard=True)}
             (tmp_path / f"{name}-{seed}" / "results.json").write_text(json.dumps(results))
     args = options(tmp_path, 0, 1, 2)
     runs, tables = all_runs("shapes")
@@ -127,6 +128,22 @@ def test_means_and_marks_of_the_papers_numbers(few, tmp_path):
     collect(tables, options(tmp_path, 1))
     assert [(row["mean"], row["sd"], row["n"]) for row in first["rows"]] == [
         (52, None, 1), (43, None, 1), (61, None, 1)]
+
+
+def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path):
+    """Only what was evaluated in the way of the recipe, on the validation images, counts."""
+    checkpoint = ("--checkpoint", trained_demo / "reclip.pt", "--out", tmp_path)
+    usual = run(evaluate.main, *checkpoint, "--bias")
+    assert evaluate.measured(tmp_path, "reclip++")["miou"] == usual["rectified"]["miou"]
+    for words in ("--split train", "--count-absent", "--slide 64 32"):
+        run(evaluate.main, *checkpoint, *words.split())
+        assert evaluate.measured(tmp_path, "reclip++") == {}, words
+        assert evaluate.measured(tmp_path, "maskclip") == {}, words
+    run(evaluate.main, *checkpoint)
+    assert evaluate.measured(tmp_path, "reclip++")["miou"] == usual["rectified"]["miou"]
+    run(evaluate.main, *checkpoint, "--pd", 0.99)  # which is for the rectified logits alone
+    assert evaluate.measured(tmp_path, "reclip++") == {}
+    assert evaluate.measured(tmp_path, "maskclip")["miou"] == usual["maskclip"]["miou"]
 
 
 # ---- The whole of it ---------------------------------------------------------------------------

@@ -255,6 +255,21 @@ def test_a_second_process_is_refused(trained_demo, small_demo, tmp_path, capsys,
     run(main, *given)
 
 
+def test_locks_are_for_folders_that_can_be_written(tmp_path, monkeypatch):
+    lock = tmp_path / ".lock"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+        with reclip.folder_lock(lock):
+            assert not lock.exists()
+    with monkeypatch.context() as patch:
+        def unknown(*_):
+            raise OSError(95, "Operation not supported")
+
+        patch.setattr(fcntl, "flock", unknown)  # as on some network file systems
+        with reclip.folder_lock(lock):
+            assert lock.exists()
+
+
 @pytest.mark.parametrize("main", [reclip.main, distill.main])
 def test_ctrl_c_saves_and_the_same_command_goes_on(trained_demo, small_demo, tmp_path, monkeypatch,
                                                    capsys, main):

@@ -49,9 +49,17 @@ def confusion_matrix(prediction, label, C):
     prediction, label: integer tensors of one shape; pixels whose label is not in 0…C-1 (void, 255)
     do not count.
     """
-    valid = (label >= 0) & (label < C)
-    pairs = label[valid].long() * C + prediction[valid].long()
-    return pairs.bincount(minlength=C * C).reshape(C, C)
+    pairs = label.long() * C + prediction
+    return tally(pairs, (label >= 0) & (label < C), C * C).reshape(C, C)
+
+
+def tally(index, valid, n):
+    """How often each of 0…n-1 stands in `index` (int64) where `valid` (bool); int64 n.
+
+    Selecting and bincount would wait for a GPU, and are five times slower on a CPU.
+    """
+    index = torch.where(valid, index, n).flatten()
+    return index.new_zeros(n + 1).scatter_add_(0, index, torch.ones_like(index))[:n]
 
 
 def scores(confusion, count_absent=False):
@@ -109,9 +117,9 @@ def distance_bins(label, objects, bins=BINS):
 def confusion_by_distance(prediction, label, nearest, C, bins=BINS):
     """A confusion matrix per bin of `distance_bins`, and one of pixels without object; summed up,
     they are the ordinary one. prediction, label, nearest: of one shape; int64 (bins+1)×C×C."""
+    triples = (nearest * C + label) * C + prediction
     valid = (label >= 0) & (label < C)
-    triples = (nearest[valid] * C + label[valid]) * C + prediction[valid]
-    return triples.bincount(minlength=(bins + 1) * C * C).reshape(bins + 1, C, C)
+    return tally(triples, valid, (bins + 1) * C * C).reshape(bins + 1, C, C)
 
 
 def distance_curve(confusions):
@@ -317,8 +325,9 @@ def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
                                          num_workers=workers)
     C, totals, progress = len(data.classes), {}, Progress("evaluate", len(data))
     for views, labels, *nearest in grouped_by_size(loader, batch):
-        labels, nearest = labels.to(device), [part.to(device) for part in nearest]
-        for name, prediction in segment(views.to(device), labels.shape[1:]).items():
+        views, labels, *nearest = (part.to(device, non_blocking=True)
+                                   for part in (views, labels, *nearest))
+        for name, prediction in segment(views, labels.shape[1:]).items():
             matrix = (confusion_by_distance(prediction, labels, *nearest, C, bins) if bins else
                       confusion_matrix(prediction, labels, C))
             totals[name] = totals[name] + matrix if name in totals else matrix

@@ -173,17 +173,21 @@ class Reference(nn.Module):
         self.register_buffer("start", start.clone()[None])
         # Every word starts as the embedding of token 0, as in the authors' program.
         self.prompt = nn.Parameter(model.token_embedding.weight[0].detach().float().repeat(L, 1))
+        self.layout = None
 
     def encode(self, model):
         """The text features of [start] prompt name [end], C×D, not normalised."""
-        return encode_shared_prefix(model, torch.cat([self.start, self.prompt]), self.suffix)
+        prefix = torch.cat([self.start, self.prompt])
+        if self.layout is None:
+            self.layout = shared_layout(len(prefix), self.suffix)
+        return encode_shared_prefix(model, prefix, self.suffix, self.layout)
 
     def forward(self, model):
         Wr = self.encode(model)
         return Wr / Wr.norm()
 
 
-def encode_shared_prefix(model, prefix, suffix):
+def encode_shared_prefix(model, prefix, suffix, layout=None):
     """CLIP's text features of C texts that begin alike, exactly, for little more than one's price.
 
     Attention is causal, so the positions of a common beginning are the same for every text. One
@@ -193,26 +197,36 @@ def encode_shared_prefix(model, prefix, suffix):
 
     model: a CLIP; prefix: P×width, embeddings of the common beginning, start token included;
     suffix: int64 C×S, token ids of the endings, P+S within the context length; each text is read
-    out at the largest id of its ending, which is the end token. Returns C×D, not normalised.
+    out at the largest id of its ending, which is the end token; layout: `shared_layout(P, suffix)`,
+    if it is known from before. Returns C×D, not normalised.
     """
-    P, (C, S), device = len(prefix), suffix.shape, suffix.device
-    used = torch.arange(S, device=device) <= suffix.argmax(1, keepdim=True)
-    text, place = used.nonzero().T  # of the endings' N tokens; what follows an end token is left out
-    x = torch.cat([prefix, model.token_embedding(suffix[text, place])])
-    text = torch.cat([text.new_full((P,), -1), text])
-    place = torch.cat([torch.arange(P, device=device), P + place])
-    seen = (text[:, None] == text) | (text == -1)  # (P+N)×(P+N), by whom × what
-    seen &= place[:, None] >= place
-    x = x + model.positional_embedding[place]
+    tokens, place, seen, ends = layout or shared_layout(len(prefix), suffix)
+    x = torch.cat([prefix, model.token_embedding(tokens)]) + model.positional_embedding[place]
     for block in model.transformer.resblocks:
         q, k, v = block.attn.project(block.ln_1(x)[None])
         if block is model.transformer.resblocks[-1]:  # only its outputs at the end tokens matter
-            ends = P - 1 + used.sum(1).cumsum(0)
             q, x, seen = q[:, :, ends], x[ends], seen[ends]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + block.attn.out_proj(merge_heads(mixed)[0])
         x = x + block.mlp(block.ln_2(x))
     return model.ln_final(x) @ model.text_projection
+
+
+def shared_layout(P, suffix):
+    """How `encode_shared_prefix` lays out texts of P common tokens and the endings `suffix`, C×S.
+
+    Returns, for the N tokens of all endings one after another: their ids, N; the position in its
+    own text of each of the P+N tokens; bool (P+N)×(P+N), which token (row) looks at which; and
+    where the C end tokens are. Counting N waits for a GPU, so a training loop does it once.
+    """
+    used = torch.arange(suffix.shape[1], device=suffix.device) <= suffix.argmax(1, keepdim=True)
+    text, place = used.nonzero().T  # what follows an end token is left out
+    tokens = suffix[text, place]
+    text = torch.cat([text.new_full((P,), -1), text])
+    place = torch.cat([torch.arange(P, device=suffix.device), P + place])
+    seen = (text[:, None] == text) | (text == -1)
+    seen &= place[:, None] >= place
+    return tokens, place, seen, P - 1 + used.sum(1).cumsum(0)
 
 
 class PositionProjection(nn.Conv2d):
@@ -651,7 +665,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
             masks = gumbel_masks(logits, s.mask_temperature, noise)
             similarities = (masked_pooling(masks, Mq) if s.pooling == "area" else
                             cosine_pooling(masks, Z, rectifier.Wq))
-            present = hypothesis[batch["index"].to(device)]
+            present = hypothesis[batch["index"].to(device, non_blocking=True)]
             loss = contrastive_loss(similarities, present, s.tau) * batches.weight(step)
             optimizer.zero_grad()
             loss.backward()

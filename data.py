@@ -55,6 +55,8 @@ def clean_exit(main):
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        if hasattr(sys.stdout, "reconfigure"):  # "→" where the terminal's encoding has none
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except (UserError, OSError, MemoryError, RuntimeError) as error:
@@ -88,7 +90,7 @@ def explain(error):
                 "memory; repeat the command with fewer --workers, or 0")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return (f"out of memory ({text[:80]}…); repeat the command with a smaller --batch, or, in "
-                "training, a smaller --crop and --scale")
+                "reclip.py, a smaller --crop and --scale")
     return None
 
 
@@ -255,12 +257,17 @@ def _load(path, what, load):
     try:
         with Image.open(path) as image:
             return load(image)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"no {what} {path}") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"cannot read {what} {path}: it claims more than "
+                        f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller"
+                        ) from None
     except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
-        raise UserError(f"cannot read {what} {path}: {error}; is it damaged?") from None
+        reason = getattr(error, "strerror", None) or f"{error}; is it damaged?"
+        raise UserError(f"cannot read {what} {path}: {reason}") from None
 
 
 def read_image(path):
@@ -815,6 +822,9 @@ class Shapes(SegmentationData):
     def image(self, index):
         return self.drawn[0][index]
 
+    def fingerprint(self):
+        return f"{super().fingerprint()}-{self.seed}"
+
     def size(self, index):
         return TARGET["side"], TARGET["side"]
 
@@ -1136,7 +1146,7 @@ def convert_context(mat_dir, root):
                                 f"{source} to make it from; see README, Data sets")
             lists.mkdir(parents=True, exist_ok=True)
             listed = [i for i in _read_list(source) if i in labelled]
-            target.write_text("".join(f"{i}\n" for i in listed))
+            write_text(target, "".join(f"{i}\n" for i in listed))
             print(f"wrote {target}: {len(listed)} images")
 
 
@@ -1219,6 +1229,13 @@ def save_picture(picture, path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a whole file under a temporary name, then rename it."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
 
 
 def legend(entries, width):

@@ -28,10 +28,10 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, c
                   clean_exit, draw_seed, normalise, open_dataset, padding)
 from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, as_checkpoint, barrier,
                     classify, contrastive_loss, dense_features, fingerprint, folder_lock,
-                    gumbel_masks, gumbel_noise, hypotheses_file, load_checkpoint, make_folder,
-                    make_hypotheses, make_views, masked_pooling, mean_over_processes,
-                    open_rectified, parallel, pick_device, plain, resized_positions, use_amp,
-                    world)
+                    gumbel_masks, gumbel_noise, hypotheses_file, leave_processes, load_checkpoint,
+                    make_folder, make_hypotheses, make_views, masked_pooling, mean_over_processes,
+                    one_first, open_rectified, parallel, pick_device, plain, resized_positions,
+                    use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -619,7 +619,8 @@ def make_student(s, teacher, device):
     torch.manual_seed(s.student_seed)
     state, s.stem = (None, "plain" if s.student == "small" else "deep")
     if s.backbone != "none":
-        state, s.stem = pretrained_backbone(s.backbone, s.student)
+        with one_first():
+            state, s.stem = pretrained_backbone(s.backbone, s.student)
     C, D = teacher.rectifier.Wq.shape
     network = DeepLabV2(D, stem=s.stem, **STUDENTS[s.student])
     if state is not None:
@@ -757,11 +758,15 @@ def main(argv=None):
     options += ["--data-root", str(s.data_root)] if s.data_root else []
     evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
     barrier()  # the results are there
-    show_beside_teacher(s.out, path, options + (["--clip", args.clip] if args.clip else []))
+    show_beside_teacher(s.out, path, "maskclip" if t.method == "maskclip" else "rectified",
+                        options + (["--clip", args.clip] if args.clip else []))
 
 
-def show_beside_teacher(out, teacher, options):
-    """One line: mIoU of the teacher, evaluated unless it was so already, and of the student."""
+def show_beside_teacher(out, teacher, stage, options):
+    """One line: mIoU of the teacher, evaluated unless it was so already, and of the student.
+
+    teacher: its checkpoint; stage: which of its masks it taught.
+    """
     def read():
         files = [folder / "results.json" for folder in (teacher.parent, out)]
         results = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
@@ -770,10 +775,11 @@ def show_beside_teacher(out, teacher, options):
 
     if "distilled" not in read():
         return  # there are no labels to compare with
-    if len(read()) == 1:
+    if stage not in read():
         evaluate.main(["--checkpoint", str(teacher), "--out", str(out), *options])
     print("mIoU: " + "  ".join(f"{name} {miou:.2f}" for name, miou in read().items()))
 
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -9,7 +9,7 @@
 
 Prints mIoU, pixel accuracy and the IoU of every class, and adds them to results.json beside the
 checkpoint. A rectification checkpoint of the authors' program (with --dataset) will do as well; its
-results go to runs/, under its own name. Shapes: B images, C classes, h×w patches, H×W pixels.
+results go to runs/authors-NAME/. Shapes: B images, C classes, h×w patches, H×W pixels.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from torchvision.transforms.v2 import functional as TF
 import reclip
 from data import (CLASSES, PHOTOS, VOID, UserError, clean_exit, dataset_palette, draw_seed, evenly,
                   legend, list_folder, open_dataset, overlay, parse_classes, picture_sheet,
-                  read_image, resize_to_scale, save_picture)
-from reclip import (MACHINE, Progress, RectifiedCLIP, authors_method, authors_state, from_authors,
-                    gather, hypotheses_file, load_checkpoint, load_clip, make_folder,
-                    make_hypotheses, open_rectified, pick_device, plain, plain_maskclip,
-                    query_features, rank, recipe, use_amp, world, write_text)
+                  read_image, resize_to_scale, save_picture, write_text)
+from reclip import (MACHINE, Progress, RectifiedCLIP, authors_method, authors_state, folder_lock,
+                    from_authors, gather, hypotheses_file, leave_processes, load_checkpoint,
+                    load_clip, make_folder, make_hypotheses, open_rectified, pick_device, plain,
+                    plain_maskclip, query_features, rank, recipe, under_torchrun, use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -325,8 +325,7 @@ def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
                                          num_workers=workers)
     C, totals, progress = len(data.classes), {}, Progress("evaluate", len(data))
     for views, labels, *nearest in grouped_by_size(loader, batch):
-        views, labels, *nearest = (part.to(device, non_blocking=True)
-                                   for part in (views, labels, *nearest))
+        views, labels, *nearest = (to_device(part, device) for part in (views, labels, *nearest))
         for name, prediction in segment(views, labels.shape[1:]).items():
             matrix = (confusion_by_distance(prediction, labels, *nearest, C, bins) if bins else
                       confusion_matrix(prediction, labels, C))
@@ -336,6 +335,11 @@ def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
     parts = gather({name: total.cpu() for name, total in totals.items()})
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part[name] for part in parts if name in part) for name in names}
+
+
+def to_device(x, device):
+    """A CPU tensor on a device, without waiting for what a GPU is at."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def hypothesis_quality(hypothesis, data):
@@ -401,19 +405,20 @@ def save_results(path, results):
 
     What an evaluation with the same outcome has added before, such as bias scores, stays.
     """
-    try:
-        old = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        if not all(isinstance(result, dict) for result in old.values()):
-            raise ValueError
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is damaged; delete it and evaluate again") from None
-    for name, result in results.items():
-        result = json.loads(json.dumps(result))
-        before = old.get(name, {})
-        both = result.keys() & before.keys()
-        same = "iou" in both and all(result[key] == before[key] for key in both)
-        old[name] = before | result if same else result
-    write_text(path, json.dumps(old, indent=1, ensure_ascii=False) + "\n")
+    with folder_lock(path.parent / ".results.lock", wait=True):
+        try:
+            old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            if not all(isinstance(result, dict) for result in old.values()):
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise UserError(f"{path} is damaged; delete it and evaluate again") from None
+        for name, result in results.items():
+            result = json.loads(json.dumps(result))
+            before = old.get(name, {})
+            both = result.keys() & before.keys()
+            same = "iou" in both and all(result[key] == before[key] for key in both)
+            old[name] = before | result if same else result
+        write_text(path, json.dumps(old, indent=1, ensure_ascii=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1207,7 +1212,7 @@ def open_network(args, path, device):
     model = load_clip(s.clip, args.activation or "quick_gelu", device)
     if path is None:
         return plain_maskclip(model, classes, s)
-    Wq = query_features(model, classes).to(device)
+    Wq = query_features(model, classes)
     return from_authors(state, model, classes, Wq, s)
 
 
@@ -1279,9 +1284,14 @@ def check_arguments(args):
         if args.images and getattr(args, option):
             raise UserError(f"--images predicts, --{option.replace('_', '-')} evaluates: one of the "
                             "two at a time")
-    if args.tables and (args.checkpoint or args.images or args.split != "val"):
-        raise UserError("--tables trains what it evaluates; --checkpoint, --images and --split do "
-                        "not go with it")
+    others = ("checkpoint", "images", "slide", "pd", "no_pd", "count_absent", "bias", "figures",
+              "linear_probe", "hypotheses")
+    others = [f"--{name.replace('_', '-')}" for name in others
+              if getattr(args, name) is not None and getattr(args, name) is not False]
+    others += ["--split"] * (args.split != "val")
+    if args.tables and others:
+        raise UserError(f"--tables trains what it evaluates, by the recipe; {', '.join(others)} "
+                        "cannot go with it")
     if args.tables and args.dataset == "folder":
         raise UserError("--tables needs labels to measure with; --dataset folder has none")
     if len(set(args.seeds)) < len(args.seeds):
@@ -1358,7 +1368,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     check_arguments(args)
     if args.tables:
-        if "LOCAL_RANK" in os.environ:
+        if under_torchrun():
             raise UserError("--tables runs in one process, without torchrun; several may run at "
                             "once, each with other --seeds")
         args.dataset, args.out = args.dataset or "shapes", args.out or Path("runs/tables")
@@ -1371,11 +1381,12 @@ def main(argv=None):
                    amp=use_amp(args.amp, device))
     segment = Segmenter(foreign or path, **options)
     s = segment.settings
-    folder = Path("runs") / (path.stem if path else "maskclip") if foreign else path.parent
+    folder = path.parent if path and not foreign else Path("runs") / (
+        f"authors-{path.stem}" if path else "maskclip")
     workers = s.workers if args.workers is None else args.workers
+    if world() > 1 and (args.images or args.linear_probe):
+        raise UserError("--images and --linear-probe run in one process, without torchrun")
     if args.images:
-        if world() > 1:
-            raise UserError("--images runs in one process, without torchrun")
         return predict_images(args, segment, args.out or folder / "predictions", device, workers)
 
     dataset, out = args.dataset or s.dataset, args.out or folder
@@ -1431,3 +1442,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -39,10 +40,10 @@ except ImportError:  # Windows
     fcntl = None
 
 import clip
-from clip.model import merge_heads
+from clip.model import MLP, Attention, merge_heads
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
                   TrainingViews, UserError, check_seed, clean_exit, download, draw_seed, normalise,
-                  open_dataset, parse_classes, resize_to_scale)
+                  open_dataset, parse_classes, resize_to_scale, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -178,7 +179,7 @@ class Reference(nn.Module):
     def encode(self, model):
         """The text features of [start] prompt name [end], C×D, not normalised."""
         prefix = torch.cat([self.start, self.prompt])
-        if self.layout is None:
+        if self.layout is None or self.layout[0].device != prefix.device:
             self.layout = shared_layout(len(prefix), self.suffix)
         return encode_shared_prefix(model, prefix, self.suffix, self.layout)
 
@@ -590,7 +591,9 @@ GLOBAL = {"voc": (23, 2), "context": (20, 6), "ade": (21, 5), "cityscapes": (21.
 
 
 def recipe(dataset, preset="release", method="reclip++", hypothesis=None):
-    """The published settings of a data set as a dict; `folder` uses VOC's."""
+    """The published settings of a data set as a dict; `folder` uses VOC's. Raises UserError."""
+    if dataset not in DATASETS:
+        raise UserError(f"no data set \"{dataset}\"; there are {', '.join(DATASETS)}")
     row = "voc" if dataset == "folder" else dataset
     columns = ("scale", "crop", "schedule", "epochs", "batch", "lr", "pd")
     values = DEMO if row == "shapes" else {"release": RELEASE, "paper": PAPER}[preset][row]
@@ -621,7 +624,8 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay, fused=True)
     first = run.resume(optimizer)
-    visual = rectifier.visual if s.tune_encoder else image_encoder(model, s.preset)  # Table VI
+    visual = (rectifier.visual if s.tune_encoder else  # Table VI
+              image_encoder(model, s.preset, s.amp))
     views = TrainingViews(data, s.scale, s.crop, s.ratio, s.distort, s.seed)
     grid = -(-s.crop // visual.conv1.stride[0])
     p = resized_positions(visual, grid, grid)
@@ -764,9 +768,9 @@ def make_views(views, s, name, facts, encode, device):
     data, K, n = views.data, s.views, len(views)
     path, part, done_path = (s.cache / f"{name}{end}" for end in (".npy", ".npy.part", ".done"))
     blocks = [(k, rows) for k in range(K) for rows in torch.arange(n).split(BLOCK)]
-    header = dict(data=data.name, images=data.fingerprint(), views=K,
-                  amp=s.amp, seed=views.seed, scale=list(views.scale), crop=views.crop,
-                  ratio=list(views.ratio), distort=views.distort, **facts)
+    header = dict(data=data.name, images=data.fingerprint(), views=K, seed=views.seed,
+                  scale=list(views.scale), crop=views.crop, ratio=list(views.ratio),
+                  distort=views.distort, **facts)
     with folder_lock(s.cache / ".cache.lock", wait=True):
         barrier()
         check_header(s.cache / f"{name}.json", header, path.exists() or done_path.exists())
@@ -814,8 +818,8 @@ def check_header(path, header, kept):
     kept: whether there is anything of that file; what was only planned is forgotten.
     """
     try:
-        old = json.loads(path.read_text("utf-8")) if kept and path.exists() else None
-    except ValueError:
+        old = json.loads(path.read_text("utf-8")) if kept else None
+    except (ValueError, FileNotFoundError):
         old = "damaged"
     if old is None and rank() == 0:
         write_text(path, json.dumps(header, indent=1) + "\n")
@@ -961,8 +965,10 @@ class Run:
         if due:
             self.save(step, optimizer, finished)
         if stopping and not finished:
-            print(f"\nstopped after step {step} and saved {self.path}; the same command goes on",
-                  file=sys.stderr)
+            barrier()  # it is saved: where one process ends, torchrun ends the others
+            if rank() == 0:
+                print(f"\nstopped after step {step} and saved {self.path}; the same command goes "
+                      "on", file=sys.stderr)
             raise SystemExit(130)
 
     def due(self, epoch_ends):
@@ -1042,15 +1048,18 @@ def as_checkpoint(path):
 
 def check_same_run(checkpoint, facts, path):
     """Raises UserError where a run's folder holds the results of other settings."""
-    for what, message in (("classes", "other classes"), ("images", "other images"),
-                          ("clip", "another CLIP")):
+    def same(what, message):
         if checkpoint[what] != facts[what]:
             raise UserError(f"{path} was made with {message}; choose another folder with --out")
+
+    same("classes", "other classes")
+    same("clip", "another CLIP")
     old, new = ({key: value for key, value in settings.items() if key not in MACHINE}
                 for settings in (checkpoint["settings"], facts["settings"]))
     if changes(old, new):
         raise UserError(f"{path} {unlike(old, new)}; repeat them, delete the folder, or choose "
                         "another one with --out")
+    same("images", "other images")
 
 
 def changes(old, new):
@@ -1098,23 +1107,17 @@ def folder_lock(path, wait=False):
         return
     with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Not flock: a process that reads images would inherit that, and outlive this one.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             if not wait:
                 raise UserError(f"another process is at work in {path.parent}; wait for it, or "
                                 "choose another folder with --out") from None
             print(f"waiting for another process that is at work in {path.parent}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError:
             pass
         yield
-
-
-def write_text(path, text):
-    """Write a whole file under a temporary name, then rename it."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
 
 
 def fingerprint(model):
@@ -1232,10 +1235,17 @@ class Log:
 # Several processes: torchrun --nproc_per_node N reclip.py …, on one machine or on several that
 # share the run's folder
 
+PATIENCE = datetime.timedelta(days=1)  # of a process for the others, while one downloads or waits
+
+
+def under_torchrun():
+    """Whether torchrun has started this process, or something else that tells it as much."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
 
 def join_processes(device):
     """Under torchrun join the other processes; returns this one's own device. Only one prints."""
-    if "LOCAL_RANK" not in os.environ:
+    if not under_torchrun():
         return device
     cuda = device.type == "cuda"
     if cuda:
@@ -1243,10 +1253,16 @@ def join_processes(device):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=datetime.timedelta(hours=2))
+                                timeout=PATIENCE)
         if rank():
             sys.stdout = open(os.devnull, "w")
     return device
+
+
+def leave_processes():
+    """The last thing that a script does."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank():
@@ -1265,12 +1281,29 @@ def barrier():
         dist.barrier()
 
 
+@contextlib.contextmanager
+def one_first():
+    """Of the processes of a machine one is inside before the others: it downloads for all."""
+    later = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if later:
+        barrier()
+    yield
+    if not later:
+        barrier()
+
+
 def gather(value):
     """What each process has, as a list, in each of them; plain values and CPU tensors."""
     everyone = [value] * world()
     if world() > 1:
-        dist.all_gather_object(everyone, value)
+        dist.all_gather_object(everyone, value, cpu_group())
     return everyone
+
+
+@functools.cache
+def cpu_group():
+    """All processes, talking by way of the CPU: no GPU has to finish what it is at."""
+    return dist.new_group(timeout=PATIENCE, backend="gloo")
 
 
 def mean_over_processes(value):
@@ -1293,8 +1326,9 @@ def parallel(module, device, unused=False):
         return module
     if device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    # Buffers are the same everywhere, or statistics, of which the first process's are saved.
     return DistributedDataParallel(module, [device] if device.type == "cuda" else None,
-                                   find_unused_parameters=unused)
+                                   broadcast_buffers=False, find_unused_parameters=unused)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1432,7 +1466,8 @@ def from_authors(state, model, classes, Wq, settings):
 def load_clip(source, activation="quick_gelu", device="cpu"):
     """A frozen float32 CLIP with a ViT image encoder, from a name or a file. Raises UserError."""
     try:
-        model, _ = clip.load(source, device="cpu", activation=activation)
+        with one_first():
+            model, _ = clip.load(source, device="cpu", activation=activation)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     if not hasattr(model.visual, "proj"):
@@ -1444,13 +1479,20 @@ def load_clip(source, activation="quick_gelu", device="cpu"):
     return model.float().to(device).eval().requires_grad_(False)
 
 
-def image_encoder(model, preset):
-    """The encoder of dense features: CLIP's own, for the paper's preset with exact GELU."""
-    if preset != "paper":
+def image_encoder(model, preset, half=False):
+    """The encoder of dense features: CLIP's own, for the paper's preset with exact GELU.
+
+    half: for autocast alone, with matrices that are bf16 already; the outcome is the same, but
+    autocast would round those of a frozen encoder anew in every call.
+    """
+    if preset != "paper" and not half:
         return model.visual
     visual = copy.deepcopy(model.visual)
-    for block in visual.transformer.resblocks:
-        block.mlp.gelu = nn.GELU()
+    for module in visual.modules():
+        if preset == "paper" and isinstance(module, MLP):
+            module.gelu = nn.GELU()
+        if half and isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
+            module.bfloat16()
     return visual
 
 
@@ -1540,8 +1582,6 @@ def parse_arguments(argv):
 
 def settings_of(args):
     """Recipe and command line together, as a namespace of plain values."""
-    if args.dataset not in DATASETS:
-        raise UserError(f"no data set \"{args.dataset}\"; there are {', '.join(DATASETS)}")
     given = {key: value for key, value in vars(args).items() if value is not None}
     published = recipe(args.dataset, args.preset, args.method, args.hypothesis)
     s = argparse.Namespace(**vars(args) | published | given)
@@ -1628,9 +1668,12 @@ def main(argv=None):
             train(s, data, model, rectifier, hypothesis, run, device)
     barrier()  # the checkpoint is there
     import evaluate  # which needs this module; it sees the checkpoint only
-    evaluate.main(["--checkpoint", str(run.path), "--device", s.device,
-                   "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"])
+    options = ["--device", s.device, "--workers", str(s.workers), "--clip", s.clip,
+               "--amp" if s.amp else "--no-amp"]
+    options += ["--data-root", str(s.data_root)] if s.data_root else []
+    evaluate.main(["--checkpoint", str(run.path), *options])
 
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -152,12 +152,13 @@ def encoder(model, sides, repeats, device, batch=1):
           "products of its matrices' sizes")
     print("tokens  type      images/s    rate   products   share   of float32's speed   cosine")
     bf16 = has_bf16(device)
+    encoders = [reclip.image_encoder(model, "release", half) for half in (False, True)]
     for side in sides:
         images, n = torch.randn(batch, 3, side, side, device=device), (side // 16) ** 2 + 1
 
         def encode(half):
             with autocast(device, half):
-                return dense_features(model.visual, images)
+                return dense_features(encoders[half], images)
 
         types = [torch.float32] + [torch.bfloat16] * bf16
         products = [linear_products(model.visual, batch * n, dtype) for dtype in types]

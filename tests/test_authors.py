@@ -84,10 +84,10 @@ def test_the_command_knows_their_files(voc_root, clip_file, tmp_path, monkeypatc
     command = ("--clip", clip_file, "--data-root", voc_root, "--checkpoint")
     ours = run(evaluate.main, *command, "ours/reclip.pt")
     same = run(evaluate.main, *command, "released.pth", "--dataset", "voc")
-    assert same == ours and (tmp_path / "runs" / "released" / "results.json").exists()
+    assert same == ours and (tmp_path / "runs/authors-released/results.json").exists()
     run(evaluate.main, *command, "released.pth", "--dataset", "voc", "--images",
         voc_root / "VOCdevkit/VOC2012/JPEGImages")
-    assert len(list((tmp_path / "runs/released/predictions/masks").iterdir())) == 3
+    assert len(list((tmp_path / "runs/authors-released/predictions/masks").iterdir())) == 3
     capsys.readouterr()
     for options, message in (((), "say with --dataset which data set it is of: voc, context"),
                              (("--dataset", "context"), "does not fit 59 classes")):

@@ -173,7 +173,7 @@ def make_checkpoints(trained):
         Path(name).mkdir()
         for file in files or RUN:
             shutil.copy(trained / file, name)
-        for lock in (".run.lock", ".cache.lock"):
+        for lock in (".run.lock", ".cache.lock", ".results.lock"):
             Path(name, lock).touch()
         return Path(name)
 
@@ -332,6 +332,8 @@ CASES = {
         (["--checkpoint", "run/reclip.pt", "--images", "good", "--out", "file"],
          "cannot write to file"),
         (["--images", "good", "--method", "maskclip", "--classes", "a, a"], "is repeated"),
+        (["--images", "good", "--method", "maskclip", "--classes", "a", "--dataset", "coco"],
+         'no data set "coco"'),
         (["--images", "good", "--method", "maskclip", "--classes", "a", "--clip", "script.pt"],
          "a TorchScript archive that is none of OpenAI's"),
         *((["--checkpoint", f"{name}/reclip.pt"], f"{name}/reclip.pt is not a checkpoint")

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import distill
 import evaluate
 import reclip
 from clip import pretrain
@@ -73,6 +75,21 @@ def test_voc_from_hypotheses_to_miou(voc_root, clip_file, tmp_path, capsys):
     run(reclip.main, *arguments, *QUICK)
     assert ((out / "results.json").read_text(), log(out)) == before
     assert said.count("\nmIoU") == capsys.readouterr().out.count("\nmIoU") == 1
+
+
+def test_a_finished_run_is_repeated_when_things_have_moved(voc_root, clip_file, tmp_path):
+    def command(root, clip):
+        run(reclip.main, "--dataset", "voc", "--data-root", root, "--clip", clip, "--out",
+            tmp_path / "run", *QUICK)
+
+    here, there = tmp_path / "here.pt", tmp_path / "there.pt"
+    shutil.copy(clip_file, here)
+    command(voc_root, here)
+    results = (tmp_path / "run/results.json").read_text()
+    here.rename(there)
+    voc_root.rename(tmp_path / "moved")
+    command(tmp_path / "moved", there)
+    assert (tmp_path / "run/results.json").read_text() == results
 
 
 def test_cityscapes_in_both_encodings(cityscapes_root, clip_file, tmp_path):
@@ -269,6 +286,22 @@ def test_folders_are_named_after_what_is_not_default(small_demo, tmp_path, monke
     assert results["maskclip"]["count_absent"]
     assert json.loads(Path(made[1]).with_name("results.json").read_text()) == results
     assert Path(made[0]).with_name("results.json").stat().st_mtime_ns == before
+
+
+def test_a_teacher_is_shown_as_its_recipe_evaluates_it(trained_demo, small_demo, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(trained_demo, out)
+
+    def said():
+        capsys.readouterr()
+        distill.show_beside_teacher(out, out / "reclip.pt", "rectified", ["--device", "cpu"])
+        return capsys.readouterr().out.splitlines()[-1]
+
+    usual = said()
+    assert re.fullmatch(r"mIoU: maskclip [\d.]+  rectified [\d.]+  distilled [\d.]+", usual)
+    for other in (("--pd", 0.99), ("--split", "train")):
+        run(evaluate.main, "--checkpoint", out / "reclip.pt", *other)
+        assert said() == usual
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------

@@ -690,8 +690,24 @@ def test_fingerprints_tell_images_apart(tmp_path):
     assert a == b != c
     (tmp_path / "a/x.bmp").unlink()
     assert name("a").fingerprint() not in (b, c)
-    assert (data.open_dataset("shapes").fingerprint()
-            != data.open_dataset("shapes", split="val").fingerprint())
+    shapes = {data.open_dataset("shapes", split=split, seed=seed).fingerprint()
+              for split in ("train", "val") for seed in (0, 1)}
+    assert len(shapes) == 4
+
+
+def test_what_is_wrong_with_a_picture(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    Image.new("L", (90, 60)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with pytest.raises(UserError, match="large.png: it claims more than 0 million pixels; make it"):
+        data.read_image(path)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match="cannot read image .*large.png: Permission denied$"):
+        data.read_image(path)
 
 
 def test_palettes_fit_the_classes():

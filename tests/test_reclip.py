@@ -222,6 +222,17 @@ def test_contrastive_loss_against_a_loop(hypothesis):
     assert loss.item() == pytest.approx(total / 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("preset", ["release", "paper"])
+@pytest.mark.parametrize("surgery", ["program", "value"])
+def test_bf16_matrices_change_nothing_under_autocast(preset, surgery):
+    model, images = random_clip(), pictures(2, 3, 64, 80)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded, kept = (dense_features(reclip.image_encoder(model, preset, half), images, surgery)
+                         for half in (False, True))
+    assert torch.equal(rounded, kept) and rounded.std() > 0
+    assert model.visual.conv1.weight.dtype == torch.float32
+
+
 # ---- Hypotheses --------------------------------------------------------------------------------
 
 

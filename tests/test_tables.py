@@ -207,6 +207,8 @@ def test_mistakes(voc_root, capsys, tmp_path):
         (("--dataset", "folder"), "--dataset folder has none"),
         (("--dataset", "coco"), 'no data set "coco"'),
         (("--checkpoint", "reclip.pt"), "--tables trains what it evaluates"),
+        (("--slide", 64, 32, "--pd", 0), "by the recipe; --slide, --pd cannot go with it"),
+        (("--split", "train"), "by the recipe; --split cannot go with it"),
         (("--seeds", 0, 1, 0), "--seeds 0 1 0: one is repeated"),
     ]:
         with pytest.raises(SystemExit) as end:

@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ import data
 import distill
 import evaluate
 import reclip
-from conftest import LONG, SmallShapes, few_tables, learned, run, same, snapshot
+from conftest import REPOSITORY, LONG, SmallShapes, few_tables, learned, run, same, snapshot
 
 UNFINISHED = (".tmp", ".part", ".part0", ".done", ".lock")  # names that promise nothing
 
@@ -246,13 +247,28 @@ def test_a_second_process_is_refused(trained_demo, small_demo, tmp_path, capsys,
     shutil.copytree(trained_demo, out)
     given = {reclip.main: ("--epochs", 3, "--out", out),
              distill.main: ("--epochs", 1, "--teacher", out / "reclip.pt")}[main]
-    with open(out / ".run.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    hold = ("import fcntl, sys, time; file = open(sys.argv[1], 'w'); "
+            "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(600)")
+    with subprocess.Popen([sys.executable, "-c", hold, out / ".run.lock"],
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
         before = snapshot(out)
         said = refused(capsys, main, *given)
         assert "another process is at work in" in said and str(out) in said
         assert snapshot(out) == before
+        other.kill()
     run(main, *given)
+
+
+def test_two_evaluations_of_one_folder_lose_nothing(tmp_path):
+    program = ("import sys; from pathlib import Path; import evaluate\n"
+               "for n in range(50): evaluate.save_results(Path(sys.argv[1], 'results.json'), "
+               "{f'{sys.argv[2]}{n}': {'miou': n}})")
+    both = [subprocess.Popen([sys.executable, "-c", program, tmp_path, name], cwd=REPOSITORY,
+                             stdout=subprocess.DEVNULL) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == {f"{name}{n}": {"miou": n} for name in "ab" for n in range(50)}
 
 
 def test_locks_are_for_folders_that_can_be_written(tmp_path, monkeypatch):
@@ -265,7 +281,7 @@ def test_locks_are_for_folders_that_can_be_written(tmp_path, monkeypatch):
         def unknown(*_):
             raise OSError(95, "Operation not supported")
 
-        patch.setattr(fcntl, "flock", unknown)  # as on some network file systems
+        patch.setattr(fcntl, "lockf", unknown)  # as on some network file systems
         with reclip.folder_lock(lock):
             assert lock.exists()
 

@@ -1168,8 +1168,9 @@ def describe(data, limit):
     sizes = torch.tensor([data.size(i) for i in some])
     low, middle, high = sizes.amin(0), sizes.median(0).values, sizes.amax(0)
     has_labels = data.has_labels
-    print(f"{data.name} {data.split}: {len(data)} images, {len(data) if has_labels else 'no'} "
-          f"labels, {len(data.classes)} classes")
+    split = "" if data.name == "folder" else f" {data.split}"  # which has all of them in both
+    print(f"{data.name}{split}: {len(data)} images, {len(data) if has_labels else 'no'} labels, "
+          f"{len(data.classes)} classes")
     for side, axis in (("height", 0), ("width", 1)):
         print(f"  {side}: {low[axis]} to {high[axis]}, median {middle[axis]} "
               f"({len(some)} images looked at)")
@@ -1181,13 +1182,21 @@ def describe(data, limit):
     return torch.cat([counts[:len(data.classes)], counts[VOID:]])
 
 
+def visible(colours):
+    """The colours in overlays and legends: bright green for light greys (VOC's car, Cityscapes'
+    pole), which would pass for no class there. uint8 …×3 → uint8 …×3."""
+    low, high = colours.amin(-1, keepdim=True), colours.amax(-1, keepdim=True)
+    green = torch.cat([low // 2, torch.full_like(low, 255), torch.full_like(low, 110)], -1)
+    return torch.where((low >= 100) & (high - low < 30), green, colours)
+
+
 def overlay(image, label, colours):
     """The classes of a label, int64 H×W, in their colours on a pale grey image; uint8 3×H×W.
 
-    image: uint8 3×H×W; colours: uint8 C×3. Void stays grey.
+    image: uint8 3×H×W; colours: uint8 C×3, shown as `visible`. Void stays grey.
     """
     grey = TF.rgb_to_grayscale(image, 3).float()
-    table = torch.cat([colours, colours.new_full((256 - len(colours), 3), 255)])
+    table = torch.cat([visible(colours), colours.new_full((256 - len(colours), 3), 255)])
     paint = table[label.cpu()].movedim(-1, 0)
     share = torch.where(label.cpu() == VOID, 0.0, 0.8)
     return ((1 - share) * (110 + 0.5 * grey) + share * paint).clamp(0, 255).to(torch.uint8)
@@ -1250,7 +1259,7 @@ def legend(entries, width):
     draw = ImageDraw.Draw(picture)
     for n, (text, colour) in enumerate(entries):
         x, y = n % per_line * column + gap, n // per_line * line
-        draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(colour.tolist()))
+        draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(visible(colour).tolist()))
         draw.text((x + 36, y), text, fill="black", font=font)
     return picture
 
@@ -1326,7 +1335,7 @@ def main(argv=None):
         save_picture(contact_sheet(splits[-1]), out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from None
-    print(f"\nwrote {out}: images of {splits[-1].split}, beside their labels if there are any")
+    print(f"\nwrote {out}: images, beside their labels if there are any")
 
 
 if __name__ == "__main__":

@@ -197,8 +197,11 @@ class Segmenter:
     """
 
     def __init__(self, network, device="cpu", source=None, pd="recipe", slide=None, amp=False):
+        self.finished = True
         if isinstance(network, (str, Path)):
-            if load_checkpoint(network).get("kind") == "distill":
+            checkpoint = load_checkpoint(network)
+            self.finished = checkpoint["finished"]
+            if checkpoint["kind"] == "distill":
                 from distill import load_student  # which needs this module
                 network = load_student(network, device)
             else:
@@ -1306,12 +1309,12 @@ def check_arguments(args):
 def stage_results(confusions, segment, data, args):
     """What results.json holds of each stage: scores, and how they were made.
 
-    confusions: as `evaluate` gives them, with or without bins. "standard" is what was evaluated on
-    the validation images of the run's own data set in the way of its recipe.
+    confusions: as `evaluate` gives them, with or without bins. "standard" is what was evaluated,
+    its training finished, on the validation images of its own data set in the way of its recipe.
     """
     results, s = {}, segment.settings
-    standard = (data.name, data.split, segment.slide, args.count_absent) == (
-        s.dataset, "val", None, False)
+    standard = segment.finished and (
+        data.name, data.split, segment.slide, args.count_absent) == (s.dataset, "val", None, False)
     for name, confusion in confusions.items():
         bins = confusion.dim() == 3
         result = scores(confusion.sum(0) if bins else confusion, args.count_absent)
@@ -1380,6 +1383,8 @@ def main(argv=None):
     options = dict(device=device, source=args.clip, pd=pd, slide=args.slide,
                    amp=use_amp(args.amp, device))
     segment = Segmenter(foreign or path, **options)
+    if not segment.finished:
+        print(f"{path} is not finished: the command that made it goes on")
     s = segment.settings
     folder = path.parent if path and not foreign else Path("runs") / (
         f"authors-{path.stem}" if path else "maskclip")
@@ -1387,6 +1392,7 @@ def main(argv=None):
     if world() > 1 and (args.images or args.linear_probe):
         raise UserError("--images and --linear-probe run in one process, without torchrun")
     if args.images:
+        print(f"masks of {path or 'CLIP alone'}")
         return predict_images(args, segment, args.out or folder / "predictions", device, workers)
 
     dataset, out = args.dataset or s.dataset, args.out or folder
@@ -1396,7 +1402,8 @@ def main(argv=None):
         raise UserError(f"{path} was made for other classes ({', '.join(segment.classes[:5])}, …) "
                         f"than {dataset}'s")
     if not data.has_labels:
-        print(f"{dataset} has no labels: nothing to compare with")
+        print(f"{dataset} has no labels to compare with; masks of images: python evaluate.py "
+              f"--checkpoint {path} --images …")
         return
     make_folder(out)
     segmenters = [segment]

@@ -928,7 +928,7 @@ class Run:
     Raises UserError where the folder holds the checkpoint of other settings.
     """
 
-    def __init__(self, path, s, data, model, learner):
+    def __init__(self, path, s, data, model, learner=None):
         self.path, self.ids, self.model, self.learner = path, data.ids, model, learner
         self.facts = dict(kind=path.stem, settings=plain(s), classes=list(data.classes),
                           images=data.fingerprint(), clip=fingerprint(model))
@@ -1006,6 +1006,8 @@ class Run:
             self.learner.load_state_dict(checkpoint["state"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             self.kept = checkpoint["step"]
+        if not checkpoint["finished"]:
+            print(f"going on from step {self.kept}")
         return self.kept
 
 
@@ -1326,9 +1328,8 @@ def parallel(module, device, unused=False):
         return module
     if device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    # Buffers are the same everywhere, or statistics, of which the first process's are saved.
     return DistributedDataParallel(module, [device] if device.type == "cuda" else None,
-                                   broadcast_buffers=False, find_unused_parameters=unused)
+                                   find_unused_parameters=unused)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1376,7 +1377,10 @@ def open_rectified(path, device="cpu", source=None):
     with as_checkpoint(path):
         s = argparse.Namespace(**checkpoint["settings"])
         s.dataset, s.method, s.preset, s.surgery, s.scale, s.pd, s.seed  # not missing later on
-        model = load_clip(source or s.clip, s.activation, device)
+        try:
+            model = load_clip(source or s.clip, s.activation, device)
+        except UserError as error:
+            raise UserError(f"the CLIP of {path}: {error}; say with --clip where it is now") from None
         if fingerprint(model) != checkpoint["clip"]:
             raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
         state, Wr, classes = checkpoint["state"], checkpoint["Wr"], checkpoint["classes"]
@@ -1655,10 +1659,10 @@ def main(argv=None):
     make_folder(s.out)
     make_folder(s.cache)
     with folder_lock(s.out / ".run.lock"):
+        run = Run(s.out / "reclip.pt", s, data, model)  # first of all: is it this run's folder?
         torch.manual_seed(s.seed)
         Wq = query_features(model, data.classes)
-        rectifier = make_rectifier(model, data.classes, Wq, s).to(device)
-        run = Run(s.out / "reclip.pt", s, data, model, rectifier)
+        run.learner = rectifier = make_rectifier(model, data.classes, Wq, s).to(device)
         if s.bias == "none" and not s.decoder:  # MaskCLIP has nothing to learn
             run.save(0, finished=True)
         else:

@@ -114,10 +114,11 @@ def test_folder_trains_on_photographs_alone(photos, clip_file, tmp_path, capsys)
         "--clip", clip_file, "--out", out, *QUICK)
     assert learned(out)["step"] == 6 and len(learned(out)["state"]["Wq"]) == 3
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "folder has no labels: nothing to compare with")
+        "folder has no labels to compare with; masks of images: python evaluate.py --checkpoint "
+        f"{out}/reclip.pt --images …")
     assert not (out / "results.json").exists()
     run(evaluate.main, "--checkpoint", out / "reclip.pt")
-    assert capsys.readouterr().out == "folder has no labels: nothing to compare with\n"
+    assert capsys.readouterr().out.startswith("folder has no labels to compare with; masks of")
 
 
 def test_vit_b16(voc_root, cityscapes_root, tmp_path, monkeypatch):
@@ -472,7 +473,9 @@ def test_wrong_labels(place, clip_file, capsys):
         assert message in error(capsys, reclip.main, *arguments)
     label.unlink()
     run(reclip.main, *arguments)
-    assert capsys.readouterr().out.endswith("voc has no labels: nothing to compare with\n")
+    assert capsys.readouterr().out.endswith(
+        "voc has no labels to compare with; masks of images: python evaluate.py --checkpoint "
+        "run/reclip.pt --images …\n")
     image.unlink()
     assert "1 of the 1 images" in error(capsys, reclip.main, *arguments)
 

@@ -615,7 +615,7 @@ def test_main_without_labels_and_with_one_split(tmp_path, capsys):
     data.main(["--dataset", "folder", "--data-root", str(tmp_path), "--classes", "cat, dog",
                "--limit", "5", "--out", str(tmp_path / "sheet.png")])
     said = capsys.readouterr().out
-    assert "folder val: 15 images, no labels, 2 classes" in said and "per cent" not in said
+    assert "folder: 15 images, no labels, 2 classes" in said and "per cent" not in said
     photo(tmp_path / "leftImg8bit" / "val" / "bonn" / "1_leftImg8bit.png")
     data.main(["--dataset", "cityscapes", "--data-root", str(tmp_path),
                "--out", str(tmp_path / "sheet.png")])
@@ -713,6 +713,16 @@ def test_what_is_wrong_with_a_picture(tmp_path, monkeypatch):
 def test_palettes_fit_the_classes():
     assert torch.equal(data.dataset_palette("shapes", 10), data.SHAPES_PALETTE)
     assert torch.equal(data.dataset_palette("shapes", 12), data.palette(12))
+
+
+def test_light_greys_are_seen_on_a_grey_picture():
+    colours = data.palette(20)
+    shown = data.visible(colours)
+    changed = (shown != colours).any(1)
+    assert changed.tolist() == [name == "car" for name in data.CLASSES["voc"]]
+    assert len(set(map(tuple, shown.tolist()))) == 20
+    assert torch.equal(data.visible(colours[6]), shown[6]) and shown[6].tolist() == [64, 255, 110]
+    assert torch.equal(data.visible(data.SHAPES_PALETTE), data.SHAPES_PALETTE)
 
 
 def test_failed_downloads(tmp_path, monkeypatch):

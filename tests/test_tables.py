@@ -7,6 +7,7 @@ import re
 from argparse import Namespace
 
 import pytest
+import torch
 from PIL import Image
 
 import distill
@@ -130,7 +131,8 @@ def test_means_and_marks_of_the_papers_numbers(few, tmp_path):
         (52, None, 1), (43, None, 1), (61, None, 1)]
 
 
-def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path):
+def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path,
+                                                        capsys):
     """Only what was evaluated in the way of the recipe, on the validation images, counts."""
     checkpoint = ("--checkpoint", trained_demo / "reclip.pt", "--out", tmp_path)
     usual = run(evaluate.main, *checkpoint, "--bias")
@@ -141,6 +143,12 @@ def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo
         assert evaluate.measured(tmp_path, "maskclip") == {}, words
     run(evaluate.main, *checkpoint)
     assert evaluate.measured(tmp_path, "reclip++")["miou"] == usual["rectified"]["miou"]
+    unfinished = reclip.load_checkpoint(trained_demo / "reclip.pt") | {"finished": False}
+    torch.save(unfinished, tmp_path / "half.pt")
+    run(evaluate.main, "--checkpoint", tmp_path / "half.pt")
+    assert evaluate.measured(tmp_path, "reclip++") == {}
+    assert f"{tmp_path}/half.pt is not finished" in capsys.readouterr().out
+    run(evaluate.main, *checkpoint)
     run(evaluate.main, *checkpoint, "--pd", 0.99)  # which is for the rectified logits alone
     assert evaluate.measured(tmp_path, "reclip++") == {}
     assert evaluate.measured(tmp_path, "maskclip")["miou"] == usual["maskclip"]["miou"]

@@ -1285,8 +1285,8 @@ def check_arguments(args):
         raise UserError("--pd and --no-pd contradict each other")
     for option in ("bias", "figures", "linear_probe", "hypotheses", "count_absent"):
         if args.images and getattr(args, option):
-            raise UserError(f"--images predicts, --{option.replace('_', '-')} evaluates: one of the "
-                            "two at a time")
+            raise UserError(f"--images predicts, --{option.replace('_', '-')} evaluates: one of "
+                            "the two at a time")
     others = ("checkpoint", "images", "slide", "pd", "no_pd", "count_absent", "bias", "figures",
               "linear_probe", "hypotheses")
     others = [f"--{name.replace('_', '-')}" for name in others

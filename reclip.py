@@ -1380,7 +1380,8 @@ def open_rectified(path, device="cpu", source=None):
         try:
             model = load_clip(source or s.clip, s.activation, device)
         except UserError as error:
-            raise UserError(f"the CLIP of {path}: {error}; say with --clip where it is now") from None
+            raise UserError(f"the CLIP of {path}: {error}; say with --clip where it is now"
+                            ) from None
         if fingerprint(model) != checkpoint["clip"]:
             raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
         state, Wr, classes = checkpoint["state"], checkpoint["Wr"], checkpoint["classes"]

@@ -258,6 +258,17 @@ def test_methods_train_and_evaluate(demo, arguments, parts):
         name: r["iou"] for name, r in results.items()}
 
 
+def test_bf16_is_close_to_float32(demo):
+    whole = demo("--views", 0, out="whole")
+    half = demo("--views", 0, "--amp", out="half")
+    losses = [[row["loss"] for row in log(out)] for out in (whole, half)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    results = [json.loads((out / "results.json").read_text()) for out in (whole, half)]
+    assert results[0]["maskclip"]["miou"] == pytest.approx(results[1]["maskclip"]["miou"], abs=1)
+    run(distill.main, "--teacher", half / "reclip.pt", "--epochs", 1, "--amp")
+    check_results(half, list(data.SHAPES), ["maskclip", "rectified", "distilled"])
+
+
 def test_maskclip_needs_no_training(demo):
     out = demo("--method", "maskclip")
     assert not (out / "hypotheses.jsonl").exists() and not (out / "log.jsonl").exists()

@@ -657,7 +657,7 @@ def test_an_error_in_a_worker_is_one_line_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error, said", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "a smaller --batch"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "a smaller --batch"),
     (MemoryError(), "out of memory"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't "
                   "allocate memory: you tried to allocate 9 bytes"), "a smaller --batch"),

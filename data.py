@@ -422,6 +422,7 @@ class SegmentationData:
         """(H, W) of image(index), read from the file's header."""
         return image_size(self.image_path(index))
 
+    @functools.cached_property
     def fingerprint(self):
         """A short name for which images these are: others, another name.
 
@@ -549,6 +550,12 @@ def list_folder(folder, suffix):
 PHOTOS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
+def check_dataset(name):
+    """Raises UserError for a name that is none of DATASETS."""
+    if name not in DATASETS:
+        raise UserError(f"no data set \"{name}\"; there are {', '.join(DATASETS)}")
+
+
 def open_dataset(name, root=None, split="train", classes=None, seed=0):
     """One split of a data set as SegmentationData. Opens no image and no label.
 
@@ -556,8 +563,7 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0):
     own top. split: "train" or "val". classes: list of names, for `folder` only. seed: for `shapes`.
     Raises UserError for a tree that is missing or not as expected, or that has no images.
     """
-    if name not in DATASETS:
-        raise UserError(f"no data set \"{name}\"; there are {', '.join(DATASETS)}")
+    check_dataset(name)
     if split not in ("train", "val"):
         raise UserError(f"no split \"{split}\"; there are train and val")
     if classes is not None and name != "folder":
@@ -822,8 +828,9 @@ class Shapes(SegmentationData):
     def image(self, index):
         return self.drawn[0][index]
 
+    @functools.cached_property
     def fingerprint(self):
-        return f"{super().fingerprint()}-{self.seed}"
+        return f"{super().fingerprint}-{self.seed}"
 
     def size(self, index):
         return TARGET["side"], TARGET["side"]

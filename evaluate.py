@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -1283,14 +1282,14 @@ def check_arguments(args):
         raise UserError(f"--pd is {args.pd}; expected 0 to 1")
     if args.no_pd and args.pd is not None:
         raise UserError("--pd and --no-pd contradict each other")
-    for option in ("bias", "figures", "linear_probe", "hypotheses", "count_absent"):
-        if args.images and getattr(args, option):
-            raise UserError(f"--images predicts, --{option.replace('_', '-')} evaluates: one of "
-                            "the two at a time")
-    others = ("checkpoint", "images", "slide", "pd", "no_pd", "count_absent", "bias", "figures",
-              "linear_probe", "hypotheses")
-    others = [f"--{name.replace('_', '-')}" for name in others
-              if getattr(args, name) is not None and getattr(args, name) is not False]
+    def given(*names):
+        return [f"--{name.replace('_', '-')}" for name in names
+                if getattr(args, name) is not None and getattr(args, name) is not False]
+
+    evaluates = given("bias", "figures", "linear_probe", "hypotheses", "count_absent")
+    if args.images and evaluates:
+        raise UserError(f"--images predicts, {evaluates[0]} evaluates: one of the two at a time")
+    others = given("checkpoint", "images", "slide", "pd", "no_pd") + evaluates
     others += ["--split"] * (args.split != "val")
     if args.tables and others:
         raise UserError(f"--tables trains what it evaluates, by the recipe; {', '.join(others)} "

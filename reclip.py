@@ -41,8 +41,8 @@ except ImportError:  # Windows
 
 import clip
 from clip.model import MLP, Attention, merge_heads
-from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
-                  TrainingViews, UserError, check_seed, clean_exit, download, draw_seed, normalise,
+from data import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, TrainingViews,
+                  UserError, check_dataset, check_seed, clean_exit, download, draw_seed, normalise,
                   open_dataset, parse_classes, resize_to_scale, write_text)
 
 # ------------------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def make_hypotheses(data, model, Wq, s, path, device):
                   seed=s.seed if data.name == "shapes" else 0, clip=fingerprint(model),
                   activation=s.activation, view=s.crop_ratio if crops else list(s.scale))
     if data.name == "folder":  # an id of a benchmark is the same image everywhere
-        header["images"] = data.fingerprint()
+        header["images"] = data.fingerprint
     line = lambda row: json.dumps(row) + "\n"  # escaped: a file's name may be no UTF-8
     with folder_lock(path.parent / ".cache.lock", wait=True):
         barrier()
@@ -592,8 +592,7 @@ GLOBAL = {"voc": (23, 2), "context": (20, 6), "ade": (21, 5), "cityscapes": (21.
 
 def recipe(dataset, preset="release", method="reclip++", hypothesis=None):
     """The published settings of a data set as a dict; `folder` uses VOC's. Raises UserError."""
-    if dataset not in DATASETS:
-        raise UserError(f"no data set \"{dataset}\"; there are {', '.join(DATASETS)}")
+    check_dataset(dataset)
     row = "voc" if dataset == "folder" else dataset
     columns = ("scale", "crop", "schedule", "epochs", "batch", "lr", "pd")
     values = DEMO if row == "shapes" else {"release": RELEASE, "paper": PAPER}[preset][row]
@@ -768,7 +767,7 @@ def make_views(views, s, name, facts, encode, device):
     data, K, n = views.data, s.views, len(views)
     path, part, done_path = (s.cache / f"{name}{end}" for end in (".npy", ".npy.part", ".done"))
     blocks = [(k, rows) for k in range(K) for rows in torch.arange(n).split(BLOCK)]
-    header = dict(data=data.name, images=data.fingerprint(), views=K, seed=views.seed,
+    header = dict(data=data.name, images=data.fingerprint, views=K, seed=views.seed,
                   scale=list(views.scale), crop=views.crop, ratio=list(views.ratio),
                   distort=views.distort, **facts)
     with folder_lock(s.cache / ".cache.lock", wait=True):
@@ -931,7 +930,7 @@ class Run:
     def __init__(self, path, s, data, model, learner=None):
         self.path, self.ids, self.model, self.learner = path, data.ids, model, learner
         self.facts = dict(kind=path.stem, settings=plain(s), classes=list(data.classes),
-                          images=data.fingerprint(), clip=fingerprint(model))
+                          images=data.fingerprint, clip=fingerprint(model))
         self.saved, self.kept, self.stopping = time.monotonic(), 0, False
         self.previous = load_checkpoint(path) if path.exists() else None  # until it is resumed
         if self.previous:

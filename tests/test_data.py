@@ -686,11 +686,11 @@ def test_fingerprints_tell_images_apart(tmp_path):
         for name in "xy":
             Image.new("RGB", (size, size)).save(tmp_path / folder / f"{name}.bmp")
     name = lambda folder: data.open_dataset("folder", tmp_path / folder, classes=["cat"])
-    a, b, c = (name(folder).fingerprint() for folder in "abc")
+    a, b, c = (name(folder).fingerprint for folder in "abc")
     assert a == b != c
     (tmp_path / "a/x.bmp").unlink()
-    assert name("a").fingerprint() not in (b, c)
-    shapes = {data.open_dataset("shapes", split=split, seed=seed).fingerprint()
+    assert name("a").fingerprint not in (b, c)
+    shapes = {data.open_dataset("shapes", split=split, seed=seed).fingerprint
               for split in ("train", "val") for seed in (0, 1)}
     assert len(shapes) == 4
 

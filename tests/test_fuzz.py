@@ -6,7 +6,6 @@ the first few of each; RECLIP_LONG=1 runs them all.
 
 import gzip
 import json
-import os
 import random
 import resource
 import time

@@ -26,7 +26,7 @@ import data
 import distill
 import evaluate
 import reclip
-from conftest import REPOSITORY, LONG, SmallShapes, few_tables, learned, run, same, snapshot
+from conftest import LONG, REPOSITORY, SmallShapes, few_tables, learned, run, same, snapshot
 
 UNFINISHED = (".tmp", ".part", ".part0", ".done", ".lock")  # names that promise nothing
 
@@ -252,11 +252,13 @@ def test_a_second_process_is_refused(trained_demo, small_demo, tmp_path, capsys,
     with subprocess.Popen([sys.executable, "-c", hold, out / ".run.lock"],
                           stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        before = snapshot(out)
-        said = refused(capsys, main, *given)
-        assert "another process is at work in" in said and str(out) in said
-        assert snapshot(out) == before
-        other.kill()
+        try:
+            before = snapshot(out)
+            said = refused(capsys, main, *given)
+            assert "another process is at work in" in said and str(out) in said
+            assert snapshot(out) == before
+        finally:
+            other.kill()
     run(main, *given)
 
 

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import http.client
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -34,9 +35,14 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from clip.clip import CLIP_MEAN, CLIP_STD, download as fetch
+from clip.clip import CLIP_MEAN, CLIP_STD, TEMPLATES, download as fetch  # noqa: F401
+from clip.shapes import (COLOURS, SHAPES, TARGET, WEB,  # noqa: F401
+                         draw_seed, draw_shapes)
 
 VOID = 255  # in every label map: no class here; never counted
+
+# ------------------------------------------------------------------------------------------------
+# 0. What every script needs: command lines, mistakes, names that are safe to print
 
 
 class UserError(Exception):
@@ -46,17 +52,86 @@ class UserError(Exception):
     """
 
 
+def printable(text):
+    """str(text) with all that could move a cursor, end a line or forge one written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+                   for c in str(text))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose every complaint is a UserError, one line."""
+
+    def error(self, message):
+        # "argument --epochs: is 0; …", from the types below, reads "--epochs is 0; …"
+        raise UserError(re.sub(r"^argument (\S+): is ", r"\1 is ", message))
+
+
+def _number(kind, fits, expected):
+    """An argparse type: kind(text), where it fits; otherwise the message says what is expected."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text}; expected {expected}") from None
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"is {value}; expected {expected}")
+        return value
+
+    return parse
+
+
+count = _number(int, lambda value: value >= 1, "1 or more")
+natural = _number(int, lambda value: value >= 0, "0 or more")
+share = _number(float, lambda value: 0 <= value <= 1, "0 to 1")
+positive = _number(float, lambda value: 0 < value < float("inf"), "more than 0")
+seed = _number(int, lambda value: -1 << 63 <= value < 1 << 63, "an integer of 64 bits")
+
+
+def path(text):
+    """An argparse type: a Path, with ~ for the home directory."""
+    return Path(os.path.expanduser(text))
+
+
+class _Quiet:
+    """A text stream that goes quiet when nobody reads it any more, as after `| head`."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._attempt(self._stream.write, text)
+
+    def flush(self):
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what is still in the buffer goes there too
+            os.close(nowhere)
+
+
 def clean_exit(main):
     """Decorator for every script's main(): what a user can mend is one line on stderr, exit code 2.
 
     That is a UserError, a file that cannot be read or written, and too little memory. Anything else
-    is a mistake of ours and keeps its traceback.
+    is a mistake of ours and keeps its traceback. A reader of the output who leaves ends nothing.
     """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        streams = sys.stdout, sys.stderr
         if hasattr(sys.stdout, "reconfigure"):  # "→" where the terminal's encoding has none
             sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout, sys.stderr = (stream and _Quiet(stream) for stream in streams)
         try:
             return main(*args, **kwargs)
         except (UserError, OSError, MemoryError, RuntimeError) as error:
@@ -69,19 +144,22 @@ def clean_exit(main):
             print("\nstopped; repeat the command, and whatever it had saved is used",
                   file=sys.stderr)
             raise SystemExit(130) from None
+        finally:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+            sys.stdout, sys.stderr = streams
 
     return wrapper
 
 
 def explain(error):
     """What an exception tells the user, in one line; None where there is nothing for them to do."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     if isinstance(error, UserError):
-        # From a DataLoader's worker the error arrives with its traceback as text in front: our own
-        # message is what follows the last "UserError: ".
-        return text.split("UserError: ")[-1]
+        # a DataLoader that is not `read_ahead`'s puts its worker's traceback in front
+        return text.split("UserError: ")[-1] if "Traceback" in text else printable(error)
     if isinstance(error, OSError):
-        where = f" {error.filename}" if error.filename else ""
+        where = f" {printable(error.filename)}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"cannot write{where}: {error.strerror}; make room and repeat the command"
         return f"cannot use{where}: {error.strerror}" if where else None
@@ -92,6 +170,81 @@ def explain(error):
         return (f"out of memory ({text[:80]}…); repeat the command with a smaller --batch, or, in "
                 "reclip.py, a smaller --crop and --scale")
     return None
+
+
+def fingerprint(*parts):
+    """A short name for strings, bytes and tensors, one after the other: others, another name.
+
+    The first 16 hex digits of their SHA-256; of tensors the bytes count, as they are.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if torch.is_tensor(part):
+            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(part.encode(errors="surrogateescape") if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
+
+
+class _Reader(torch.utils.data.Dataset):
+    """What a worker of `read_ahead` does: an item, or what went wrong, as bytes.
+
+    The bytes go through a pipe. PyTorch would hand over tensors in shared memory, of which
+    containers have little, and wait for ever for a worker that finds none left.
+    """
+
+    def __init__(self, dataset, collate):
+        self.dataset, self.collate = dataset, collate
+
+    def read(self, key):
+        if not isinstance(key, list):
+            return self.dataset[key]
+        if self.collate is None and hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(key)
+        collate = self.collate or torch.utils.data.default_collate
+        return collate([self.dataset[k] for k in key])
+
+    def __getitem__(self, key):
+        try:
+            return pickle.dumps(_exchange(self.read(key), torch.Tensor, torch.Tensor.numpy))
+        except (UserError, OSError, MemoryError) as error:
+            return pickle.dumps(error)
+
+
+def _exchange(item, kind, change):
+    """A nest of dicts, lists and tuples in which `change` is applied to all that is of a kind."""
+    if isinstance(item, kind):
+        return change(item)
+    if isinstance(item, dict):
+        return {key: _exchange(value, kind, change) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return type(item)(_exchange(value, kind, change) for value in item)
+    return item
+
+
+def read_ahead(dataset, keys, workers, collate=None):
+    """Yield dataset[key] for each key, in order, read by `workers` processes; 0: by this one.
+
+    keys: any iterable. A key that is a list stands for a batch: dataset.__getitems__(key) where
+    there is such a method and no `collate`, else collate([dataset[k] for k in key]), by default
+    PyTorch's default_collate. Raises what reading raises, and UserError where there can be no
+    workers.
+    """
+    reader = _Reader(dataset, collate)
+    if not workers:
+        yield from map(reader.read, keys)
+        return
+    loader = torch.utils.data.DataLoader(reader, sampler=keys, batch_size=None, collate_fn=bytes,
+                                         num_workers=workers)
+    try:
+        items = iter(loader)
+    except OSError as error:
+        raise UserError(f"cannot start {workers} processes that read images ({error.strerror}); "
+                        "most likely there is no room in shared memory, /dev/shm; repeat the "
+                        "command with --workers 0") from None
+    for item in map(pickle.loads, items):
+        if isinstance(item, Exception):
+            raise item
+        yield _exchange(item, np.ndarray, torch.from_numpy)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -149,34 +302,6 @@ CLASSES["stuff"] = list(STUFF)
 
 DATASETS = ("shapes", "voc", "context", "ade", "cityscapes", "stuff", "folder")
 
-# The 80 ImageNet templates of OpenAI's CLIP, in their order, then the five "in the scene".
-TEMPLATES = [line.strip() for line in """
-    a bad photo of a {}. | a photo of many {}. | a sculpture of a {}. |
-    a photo of the hard to see {}. | a low resolution photo of the {}. | a rendering of a {}. |
-    graffiti of a {}. | a bad photo of the {}. | a cropped photo of the {}. | a tattoo of a {}. |
-    the embroidered {}. | a photo of a hard to see {}. | a bright photo of a {}. |
-    a photo of a clean {}. | a photo of a dirty {}. | a dark photo of the {}. | a drawing of a {}. |
-    a photo of my {}. | the plastic {}. | a photo of the cool {}. | a close-up photo of a {}. |
-    a black and white photo of the {}. | a painting of the {}. | a painting of a {}. |
-    a pixelated photo of the {}. | a sculpture of the {}. | a bright photo of the {}. |
-    a cropped photo of a {}. | a plastic {}. | a photo of the dirty {}. |
-    a jpeg corrupted photo of a {}. | a blurry photo of the {}. | a photo of the {}. |
-    a good photo of the {}. | a rendering of the {}. | a {} in a video game. | a photo of one {}. |
-    a doodle of a {}. | a close-up photo of the {}. | a photo of a {}. | the origami {}. |
-    the {} in a video game. | a sketch of a {}. | a doodle of the {}. | a origami {}. |
-    a low resolution photo of a {}. | the toy {}. | a rendition of the {}. |
-    a photo of the clean {}. | a photo of a large {}. | a rendition of a {}. |
-    a photo of a nice {}. | a photo of a weird {}. | a blurry photo of a {}. | a cartoon {}. |
-    art of a {}. | a sketch of the {}. | a embroidered {}. | a pixelated photo of a {}. |
-    itap of the {}. | a jpeg corrupted photo of the {}. | a good photo of a {}. | a plushie {}. |
-    a photo of the nice {}. | a photo of the small {}. | a photo of the weird {}. |
-    the cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the large {}. |
-    a black and white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. |
-    graffiti of the {}. | a toy {}. | itap of my {}. | a photo of a cool {}. |
-    a photo of a small {}. | a tattoo of the {}. |
-    there is a {} in the scene. | there is the {} in the scene. | this is a {} in the scene. |
-    this is the {} in the scene. | this is one {} in the scene.""".split("|")]
-
 
 def parse_classes(text):
     """The class names of a data set of one's own.
@@ -216,6 +341,16 @@ def parse_classes(text):
     return names
 
 
+def names_of(cls):
+    """The names of a class: "person, man, woman" is one class that has three."""
+    return [name.strip() for name in cls.split(",")]
+
+
+def called(cls):
+    """What a class is called in tables, legends and results.json: the first of its names."""
+    return names_of(cls)[0]
+
+
 # ------------------------------------------------------------------------------------------------
 # 2. Colours
 
@@ -240,6 +375,11 @@ CITYSCAPES_PALETTE = torch.tensor([  # the official colours, in the order of the
     (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
     (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
     (0, 80, 100), (0, 0, 230), (119, 11, 32)], dtype=torch.uint8)
+
+
+SHAPES_PALETTE = torch.tensor([
+    (214, 39, 40), (31, 119, 180), (60, 60, 60), (44, 160, 44), (255, 221, 60), (255, 127, 14),
+    (240, 110, 200), (140, 86, 75), (148, 103, 189), (23, 190, 207)], dtype=torch.uint8)
 
 
 def dataset_palette(name, num_classes):
@@ -429,11 +569,11 @@ class SegmentationData:
         From their ids, and in a folder of one's own, where names tell little, from the files' sizes
         too; no image is opened.
         """
-        digest = hashlib.sha256("\n".join(self.ids).encode(errors="surrogateescape"))
-        if self.name == "folder":
-            sizes = [os.path.getsize(self.image_path(i)) for i in range(len(self))]
-            digest.update(repr(sizes).encode())
-        return digest.hexdigest()[:16]
+        ids = "\n".join(self.ids)
+        if self.name != "folder":
+            return fingerprint(ids)
+        sizes = [os.path.getsize(self.image_path(i)) for i in range(len(self))]
+        return fingerprint(ids, repr(sizes))
 
     def label_path(self, index):
         """(path, table) of the label, or None if there is none. Opens nothing."""
@@ -625,192 +765,6 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0):
     return SegmentationData(name, split, classes, ids, image_file, label_files, instances)
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. The built-in demo: procedural images of ten things, each a shape with a habitual texture and
-# habitual colours. An outline alone teaches a small CLIP nothing local; texture and colour do.
-
-SHAPES = {  # name: (outline, habitual texture, two habitual colours, companion in web data)
-    "ladybug": ("disc", "dots", "red orange", "leaf"),
-    "flag": ("square", "stripes", "blue red", "cross"),
-    "chessboard": ("square", "checks", "black white", "shell"),
-    "leaf": ("lens", "veins", "green yellow", "ladybug"),
-    "moon": ("crescent", "plain", "yellow white", "star"),
-    "star": ("star", "plain", "yellow orange", "moon"),
-    "heart": ("heart", "gradient", "red pink", "donut"),
-    "donut": ("ring", "sprinkles", "brown pink", "heart"),
-    "shell": ("triangle", "waves", "purple blue", "chessboard"),
-    "cross": ("cross", "noise", "white grey", "flag"),
-}
-COLOURS = {
-    "red": (0.86, 0.12, 0.14), "orange": (0.97, 0.55, 0.10), "yellow": (0.97, 0.87, 0.20),
-    "green": (0.18, 0.62, 0.24), "blue": (0.15, 0.35, 0.85), "purple": (0.52, 0.22, 0.70),
-    "pink": (0.97, 0.55, 0.72), "brown": (0.48, 0.29, 0.14), "white": (0.96, 0.96, 0.96),
-    "grey": (0.52, 0.52, 0.54), "black": (0.08, 0.08, 0.09),
-}
-SHAPES_PALETTE = torch.tensor([
-    (214, 39, 40), (31, 119, 180), (60, 60, 60), (44, 160, 44), (255, 221, 60), (255, 127, 14),
-    (240, 110, 200), (140, 86, 75), (148, 103, 189), (23, 190, 207)], dtype=torch.uint8)
-OUTLINES = list(dict.fromkeys(outline for outline, *_ in SHAPES.values()))
-TEXTURES = list(dict.fromkeys(texture for _, texture, *_ in SHAPES.values()))
-
-# Two distributions: the pictures of the "web" that the tiny CLIP learns from carry the habits from
-# which its biases come (a preferred centre, companions, frequent classes, typical backgrounds);
-# the target data to be segmented has none of them, and is seen from nearer: all is a third larger.
-WEB = dict(side=48, radius=(7, 18), grain=(0.85, 1.2), objects=3, colour_habit=0.75,
-           texture_habit=0.95, centred=0.6, companion=0.4, skewed=True, background_habit=0.5)
-TARGET = dict(side=96, radius=(10, 24), grain=(1.1, 1.5), objects=4, colour_habit=0.9,
-              texture_habit=0.95, centred=0.0, companion=0.0, skewed=False, background_habit=0.0)
-
-
-def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit, centred,
-                companion, skewed, background_habit):
-    """Draw one image per seed; an image depends on its own seed alone, not on its neighbours.
-
-    seeds: list of B ints; the other arguments as in WEB and TARGET (side and radius in pixels,
-    grain the size of the textures, the habits as probabilities).
-    Returns images (uint8 B×3×side×side), labels (int64 B×side×side, 255 = background) and, for
-    captions, classes (B×objects, -1 = no object), colours (B×objects) and background colours (B).
-    """
-    b, names = len(seeds), list(SHAPES)
-    draws, noise = torch.empty(b, 40 + 32 * objects), torch.empty(b, side, side)
-    for i, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        draws[i] = torch.rand(draws.shape[1], generator=generator)
-        noise[i] = torch.rand(side, side, generator=generator)
-    columns = iter(draws.T)
-    uniform = lambda low=0.0, high=1.0: low + (high - low) * next(columns)  # one number per image
-    choose = lambda n: (uniform() * n).long().clamp_(max=n - 1)
-
-    rgb = torch.tensor(list(COLOURS.values()))
-    habit = torch.tensor([[list(COLOURS).index(c) for c in SHAPES[n][2].split()] for n in names])
-    friend = torch.tensor([names.index(SHAPES[n][3]) for n in names])
-    outline_of = torch.tensor([OUTLINES.index(SHAPES[n][0]) for n in names])
-    texture_of = torch.tensor([TEXTURES.index(SHAPES[n][1]) for n in names])
-    frequency = torch.linspace(2.0, 0.5, len(names)) if skewed else torch.ones(len(names))
-    cumulative = (frequency / frequency.sum()).cumsum(0)
-
-    # What is in the picture, and where: each further object takes the emptiest of six places.
-    count = 1 + choose(objects)
-    classes = torch.full((b, objects), -1)
-    colours = torch.zeros(b, objects, dtype=torch.long)
-    places = torch.zeros(b, objects, 4)  # x, y, radius, rotation
-    outlines, textures = torch.zeros(b, objects).long(), torch.zeros(b, objects).long()
-    for j in range(objects):
-        k = torch.searchsorted(cumulative, uniform()).clamp_(max=len(names) - 1)
-        if j:
-            k = torch.where(uniform() < companion, friend[classes[:, 0]], k)
-        classes[:, j] = k
-        outlines[:, j] = outline_of[k]
-        textures[:, j] = torch.where(uniform() < texture_habit, texture_of[k],
-                                     choose(len(TEXTURES)))
-        colours[:, j] = torch.where(uniform() < colour_habit, habit[k, choose(2)], choose(len(rgb)))
-        options = torch.stack([torch.stack([uniform(0.1, 0.9), uniform(0.1, 0.9)], 1)
-                               for _ in range(6)], 1) * side
-        if j:
-            gap = (options[:, :, None] - places[:, None, :j, :2]).norm(dim=-1)
-            best = (gap - places[:, None, :j, 2]).amin(-1).argmax(1)
-        else:
-            best = torch.zeros(b).long()
-        xy = options[torch.arange(b), best]
-        if j == 0:
-            middle = torch.stack([uniform(0.42, 0.58), uniform(0.42, 0.58)], 1) * side
-            xy = torch.where((uniform() < centred)[:, None], middle, xy)
-        places[:, j] = torch.cat([xy, uniform(*radius)[:, None], uniform(-0.5, 0.5)[:, None]], 1)
-    classes[torch.arange(objects) >= count[:, None]] = -1
-
-    # Background: two muted colours, mixed plainly, as a gradient, as clouds or as waves.
-    behind = torch.where(uniform() < background_habit, (classes[:, 0] * 7 + 3) % len(rgb),
-                         choose(len(rgb)))
-    grey = 0.25 + 0.5 * draws[:, -3:].mean(1)[:, None]
-    first = 0.6 * rgb[behind] + 0.4 * grey
-    second = 0.5 * first + 0.5 * rgb[choose(len(rgb))]
-    y, x = torch.meshgrid(torch.arange(side) + 0.5, torch.arange(side) + 0.5, indexing="ij")
-    angle, period = uniform(0, 6.2832)[:, None, None], uniform(9, 20)[:, None, None]
-    along = (x * angle.cos() + y * angle.sin())
-    coarse = F.adaptive_avg_pool2d(noise[:, None], side // 8) * 4 - 1.5
-    clouds = F.interpolate(coarse, (side, side), mode="bilinear")[:, 0].clamp(0, 1)
-    mix = torch.stack([torch.zeros_like(along), 0.5 + 0.6 * along / side,
-                       clouds, 0.5 + 0.5 * (6.2832 * along / period).sin()], 1).clamp(0, 1)
-    mix = mix[torch.arange(b), choose(4)][:, None]
-    images = first[:, :, None, None] * (1 - mix) + second[:, :, None, None] * mix
-    labels = torch.full((b, side, side), 255)
-
-    for j in range(objects):  # painter's order: later objects cover earlier ones
-        px, py, size, turn = (places[:, j, i, None, None] for i in range(4))
-        dx, dy = x - px, y - py
-        u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
-        inside = _by_kind(_outline, OUTLINES, outlines[:, j], u / size, v / size)
-        inside &= (classes[:, j] >= 0)[:, None, None]
-        scale = uniform(*grain)[:, None, None]
-        marks = _by_kind(_texture, TEXTURES, textures[:, j], u / scale, v / scale, size, noise)
-        body = rgb[colours[:, j]]
-        light = body.mean(1, keepdim=True) > 0.5
-        mark = torch.where(light, 0.25 * body, 0.3 * body + 0.7)
-        m = marks[:, None]
-        paint = body[:, :, None, None] * (1 - m) + mark[:, :, None, None] * m
-        shade = 1 + 0.24 * (uniform() - 0.5)[:, None, None, None]
-        images = torch.where(inside[:, None], paint * shade, images)
-        labels = torch.where(inside, classes[:, j, None, None], labels)
-    images = images + 0.08 * (noise[:, None] - 0.5)
-    return ((images.clamp(0, 1) * 255).round().to(torch.uint8), labels, classes, colours, behind)
-
-
-def _by_kind(function, kinds, which, *arguments):
-    """Evaluate function(kind, …) on the rows of each kind and put the results together."""
-    result = None
-    for i, kind in enumerate(kinds):
-        rows = (which == i).nonzero()[:, 0]
-        if len(rows):
-            values = function(kind, *(a[rows] for a in arguments))
-            result = values.new_zeros(len(which), *values.shape[1:]) if result is None else result
-            result[rows] = values
-    return result
-
-
-def _outline(kind, u, v):
-    """Boolean n×side×side: inside the outline; u (right), v (down) in units of the radius."""
-    r, angle = torch.hypot(u, v), torch.atan2(u, -v)
-    if kind == "disc":
-        return r < 0.9
-    if kind == "square":
-        return torch.maximum(u.abs(), v.abs()) < 0.8
-    if kind == "lens":
-        return torch.hypot(u.abs() + 0.6, v) < 1.15
-    if kind == "crescent":
-        return (r < 0.95) & (torch.hypot(u - 0.45, v) > 0.72)
-    if kind == "star":
-        return r < 0.42 + 0.58 * (2 * (angle / 6.2832 * 5 % 1 - 0.5).abs()) ** 1.5
-    if kind == "heart":
-        a, c = u * 1.2, -v * 1.2 + 0.1
-        return (a * a + c * c - 1) ** 3 < a * a * c ** 3
-    if kind == "ring":
-        return (r < 0.95) & (r > 0.4)
-    if kind == "triangle":
-        return torch.maximum(v - 0.6, 0.866 * u.abs() - 0.5 * v - 0.5) < 0
-    return (torch.minimum(u.abs(), v.abs()) < 0.32) & (torch.maximum(u.abs(), v.abs()) < 0.92)
-
-
-def _texture(kind, u, v, size, noise):
-    """Share of the mark's colour, n×side×side in 0…1; u, v in pixels, about 7 pixels a period."""
-    if kind == "dots":
-        return (torch.hypot(u / 8 % 1 - 0.5, v / 8 % 1 - 0.5) < 0.3).float()
-    if kind == "stripes":
-        return (u / 7 % 1 < 0.5).float()
-    if kind == "checks":
-        return ((u / 10 % 1 < 0.5) ^ (v / 10 % 1 < 0.5)).float()
-    if kind == "veins":
-        return ((u.abs() < 1) | ((v - 0.7 * u.abs()) / 6 % 1 < 0.3)).float()
-    if kind == "gradient":
-        return ((v / size + 1) / 2).clamp(0, 1) * 0.9
-    if kind == "sprinkles":
-        return ((0.9 * u + 0.5 * v).sin() * (0.7 * v - 0.6 * u).sin() > 0.55).float()
-    if kind == "waves":
-        return ((v + 1.5 * (u * 0.6).sin()) / 6 % 1 < 0.5).float()
-    if kind == "noise":
-        return (F.avg_pool2d(noise[:, None], 3, 1, 1)[:, 0] > 0.52).float()
-    return torch.zeros_like(u)
-
-
 class Shapes(SegmentationData):
     """The demo as a data set: pictures and labels are drawn, all at once, when first needed."""
 
@@ -932,15 +886,6 @@ def check_seed(seed):
     """Raises UserError for a --seed that torch cannot take."""
     if not -1 << 63 <= seed < 1 << 63:
         raise UserError(f"--seed is {seed}; expected an integer of 64 bits")
-
-
-def draw_seed(*parts):
-    """A seed of 63 bits, the same on every machine and in every process, from ints and strings.
-
-    Everything random about an image comes from draw_seed(seed, epoch, id, what it is for).
-    """
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class TrainingViews(torch.utils.data.Dataset):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from clip.clip import CLIP_MEAN, CLIP_STD, TEMPLATES
+from clip.clip import TEMPLATES, normalise
 from clip.model import CLIP
 from clip.shapes import COLOURS, SHAPES, WEB, draw_seed, draw_shapes
 
@@ -46,12 +46,6 @@ def web_captions(seeds, classes, colours, backgrounds):
             phrase += f" on a {hues[behind]} background"
         captions.append(TEMPLATES[int(next(chance) * len(TEMPLATES))].format(phrase))
     return captions
-
-
-def normalise(images):
-    """uint8 B×3×H×W, values 0–255 -> CLIP's input, float32 B×3×H×W."""
-    mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
-    return (images / 255 - mean) / std
 
 
 def encode_half(visual, images, generator):

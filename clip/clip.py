@@ -40,9 +40,9 @@ TEMPLATES = [line.strip() for line in """
     the cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the large {}. |
     a black and white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. |
     graffiti of the {}. | a toy {}. | itap of my {}. | a photo of a cool {}. |
-    a photo of a small {}. | a tattoo of the {}. |
-    there is a {} in the scene. | there is the {} in the scene. | this is a {} in the scene. |
-    this is the {} in the scene. | this is one {} in the scene.""".split("|")]
+    a photo of a small {}. | a tattoo of the {}. | there is a {} in the scene. |
+    there is the {} in the scene. | this is a {} in the scene. | this is the {} in the scene. |
+    this is one {} in the scene.""".split("|")]
 
 MODELS = {name: sha256 for sha256, name in TRUSTED_ARCHIVES.items()}
 URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
@@ -86,6 +86,9 @@ def load(name, device=None, jit=False, download_root=None, activation="quick_gel
     return model.to(device), partial(preprocess, resolution=model.visual.input_resolution)
 
 
+default_tokenizer = lru_cache(SimpleTokenizer)        # one a process: reading it takes a moment
+
+
 def tokenize(texts, context_length=77, truncate=False):
     """Texts -> int32 token ids, T x context_length: start, text, end, zeros.
 
@@ -107,12 +110,6 @@ def tokenize(texts, context_length=77, truncate=False):
     return tokens
 
 
-@lru_cache
-def default_tokenizer():
-    """The one tokenizer of the process; reading its vocabulary takes a moment."""
-    return SimpleTokenizer()
-
-
 def preprocess(image, resolution):
     """PIL image of any mode -> CLIP's input, a normalised float tensor 3 x resolution x resolution.
 
@@ -131,9 +128,6 @@ def normalise(images):
     """uint8 B x 3 x H x W, values 0 to 255 -> CLIP's input, float32 B x 3 x H x W."""
     mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
     return (images / 255 - mean) / std
-
-
-# ---- Files -------------------------------------------------------------------------------------
 
 
 def find_weights(name, cache):

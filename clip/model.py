@@ -7,7 +7,6 @@ are batch-first, B x n x width.
 """
 
 import math
-import re
 from collections import OrderedDict
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ---- Layers ------------------------------------------------------------------------------------
+# ---- Transformer -------------------------------------------------------------------------------
 
 
 class LayerNorm(nn.LayerNorm):
@@ -75,9 +74,6 @@ def merge_heads(x):
     return x.transpose(1, 2).flatten(2)
 
 
-# ---- Transformer -------------------------------------------------------------------------------
-
-
 class MLP(nn.Sequential):
     """Linear layer, activation, linear layer: c_fc, gelu, c_proj, with the weights of each."""
 
@@ -124,16 +120,12 @@ class Transformer(nn.Module):
         self.resblocks = nn.Sequential(*(
             ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers)
         ))
-        self.initialise()
-
-    def initialise(self):
-        """The normal initialisation of GPT-2: what is added to the residual shrinks with depth."""
-        inner = self.width ** -0.5
-        residual = inner * (2 * self.layers) ** -0.5
+        # The normal initialisation of GPT-2: what is added to the residual shrinks with depth.
+        inner, residual = width ** -0.5, width ** -0.5 * (2 * layers) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=inner)
             nn.init.normal_(block.attn.out_proj.weight, std=residual)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual)
 
     def forward(self, x):
@@ -365,12 +357,10 @@ def convert_weights(model):
 
 # ---- From a state dict -------------------------------------------------------------------------
 
-
 # Channels per head of open_clip's image encoders, by width and number of blocks. In OpenAI's own,
-# in the ResNets, and in the text encoders of all of them, a head has 64.
+# 768 or 1024 wide, in the ResNets, and in the text encoders of all of them, a head has 64.
 HEAD_CHANNELS = {(384, 12): 64, (512, 12): 64, (896, 12): 64, (1280, 32): 80, (1408, 40): 88,
                  (1664, 48): 104, (1792, 56): 112}
-OPENAI_WIDTHS = (768, 1024)
 
 
 def build_model(state_dict, vision_heads=None, text_heads=None, activation="quick_gelu",
@@ -409,19 +399,17 @@ def build_model(state_dict, vision_heads=None, text_heads=None, activation="quic
 
 def clean_state_dict(state_dict):
     """A float32 copy without `module.` prefixes and without entries that are not weights."""
-    not_weights = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
-    state = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    return {
-        name: value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value
-        for name, value in state.items() if name.rpartition(".")[2] not in not_weights
-    }
+    not_weights = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
+    return {name.removeprefix("module."):
+            value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value
+            for name, value in state_dict.items() if name.rpartition(".")[2] not in not_weights}
 
 
 def known_heads(width, layers):
     """The heads of a known image encoder of these sizes (a list of layers: a ResNet), or None."""
     if isinstance(layers, list):
         return default_heads(32 * width)
-    channels = 64 if width in OPENAI_WIDTHS else HEAD_CHANNELS.get((width, layers))
+    channels = 64 if width in (768, 1024) else HEAD_CHANNELS.get((width, layers))
     return channels and width // channels
 
 
@@ -432,11 +420,11 @@ def infer_sizes(state):
         if "visual.proj" in shapes:
             width, _, _, patch = shapes["visual.conv1.weight"]
             positions = shapes["visual.positional_embedding"][0]
-            layers = count_blocks(shapes, "visual.transformer.resblocks")
+            layers = count_blocks(shapes, "visual.transformer.resblocks.")
         else:
             positions = shapes["visual.attnpool.positional_embedding"][0]
             width, patch = shapes["visual.conv3.weight"][0], None
-            layers = [count_blocks(shapes, f"visual.layer{i}") for i in (1, 2, 3, 4)]
+            layers = [count_blocks(shapes, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
         context_length, transformer_width = shapes["positional_embedding"]
         return dict(
             embed_dim=shapes["text_projection"][1],
@@ -445,7 +433,7 @@ def infer_sizes(state):
             context_length=context_length,
             vocab_size=shapes["token_embedding.weight"][0],
             transformer_width=transformer_width,
-            transformer_layers=count_blocks(shapes, "transformer.resblocks"),
+            transformer_layers=count_blocks(shapes, "transformer.resblocks."),
         )
     except (KeyError, IndexError, ValueError) as error:
         some = ", ".join(list(shapes)[:3]) or "nothing"
@@ -455,11 +443,10 @@ def infer_sizes(state):
 
 
 def count_blocks(names, prefix):
-    """How many different numbers follow `prefix.` in the names; KeyError where none does."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    blocks = {match[1] for match in map(pattern.match, names) if match}
+    """How many different words follow the prefix in the names; KeyError where none does."""
+    blocks = {name[len(prefix):].partition(".")[0] for name in names if name.startswith(prefix)}
     if not blocks:
-        raise KeyError(f"{prefix}.0")
+        raise KeyError(f"{prefix}0")
     return len(blocks)
 
 

@@ -102,15 +102,13 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
     # What is in the picture, and where: each further object takes the emptiest of six places.
     count = 1 + choose(objects)
     classes = torch.full((b, objects), -1)
-    colours = torch.zeros(b, objects, dtype=torch.long)
+    colours, textures = torch.zeros(b, objects).long(), torch.zeros(b, objects).long()
     places = torch.zeros(b, objects, 4)  # x, y, radius, rotation
-    outlines, textures = torch.zeros(b, objects).long(), torch.zeros(b, objects).long()
     for j in range(objects):
         k = torch.searchsorted(cumulative, uniform()).clamp_(max=len(names) - 1)
         if j:
             k = torch.where(uniform() < companion, friend[classes[:, 0]], k)
         classes[:, j] = k
-        outlines[:, j] = outline_of[k]
         textures[:, j] = torch.where(uniform() < texture_habit, texture_of[k],
                                      choose(len(TEXTURES)))
         colours[:, j] = torch.where(uniform() < colour_habit, habit[k, choose(2)], choose(len(rgb)))
@@ -119,12 +117,10 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
         if j:
             gap = (options[:, :, None] - places[:, None, :j, :2]).norm(dim=-1)
             best = (gap - places[:, None, :j, 2]).amin(-1).argmax(1)
+            xy = options[torch.arange(b), best]
         else:
-            best = torch.zeros(b).long()
-        xy = options[torch.arange(b), best]
-        if j == 0:
             middle = torch.stack([uniform(0.42, 0.58), uniform(0.42, 0.58)], 1) * side
-            xy = torch.where((uniform() < centred)[:, None], middle, xy)
+            xy = torch.where((uniform() < centred)[:, None], middle, options[:, 0])
         places[:, j] = torch.cat([xy, uniform(*radius)[:, None], uniform(-0.5, 0.5)[:, None]], 1)
     classes[torch.arange(objects) >= count[:, None]] = -1
 
@@ -150,14 +146,13 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
         dx, dy = x - px, y - py
         u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
         polar = torch.hypot(u / size, v / size), torch.atan2(u / size, -v / size)
-        inside = by_kind(OUTLINES, outlines[:, j], u / size, v / size, *polar)
-        inside = (inside > 0) & (classes[:, j] >= 0)[:, None, None]
+        inside = by_kind(OUTLINES, outline_of[classes[:, j]], u / size, v / size, *polar) > 0
+        inside &= (classes[:, j] >= 0)[:, None, None]
         scale = uniform(*grain)[:, None, None]
-        marks = by_kind(TEXTURES, textures[:, j], u / scale, v / scale, size, noise)
+        m = by_kind(TEXTURES, textures[:, j], u / scale, v / scale, size, noise)[:, None]
         body = rgb[colours[:, j]]
         light = body.mean(1, keepdim=True) > 0.5
         mark = torch.where(light, 0.25 * body, 0.3 * body + 0.7)
-        m = marks[:, None]
         paint = body[:, :, None, None] * (1 - m) + mark[:, :, None, None] * m
         shade = 1 + 0.24 * (uniform() - 0.5)[:, None, None, None]
         images = torch.where(inside[:, None], paint * shade, images)
@@ -171,6 +166,5 @@ def by_kind(functions, which, *arguments):
     result = torch.zeros(arguments[0].shape)
     for i, function in enumerate(functions.values()):
         rows = (which == i).nonzero()[:, 0]
-        if len(rows):
-            result[rows] = function(*(a[rows] for a in arguments)).float()
+        result[rows] = function(*(a[rows] for a in arguments)).float()
     return result

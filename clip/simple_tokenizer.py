@@ -38,13 +38,6 @@ def byte_alphabet():
             | {byte: chr(256 + i) for i, byte in enumerate(others)})
 
 
-def clean(text):
-    """Repairs broken encodings and HTML entities, joins white space, lower-cases."""
-    # Web captions are often escaped twice ("&amp;lt;"), hence two passes.
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return regex.sub(r"\s+", " ", text).strip().lower()
-
-
 class SimpleTokenizer:
     """`encode` turns text into a list of ids, `decode` ids into text.
 
@@ -83,9 +76,14 @@ class SimpleTokenizer:
         return tuple(units)
 
     def encode(self, text):
-        """Text -> list of token ids, without start and end tokens."""
+        """Text -> list of token ids, without start and end tokens.
+
+        Broken encodings and HTML entities are repaired, white space joined, letters lower-cased.
+        """
+        # Web captions are often escaped twice ("&amp;lt;"), hence two passes.
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
         ids = []
-        for word in WORDS.findall(clean(text)):
+        for word in WORDS.findall(regex.sub(r"\s+", " ", text).strip().lower()):
             characters = "".join(self.byte_encoder[byte] for byte in word.encode("utf-8"))
             ids += [self.encoder[unit] for unit in self.bpe(characters)]
         return ids

@@ -37,13 +37,11 @@ OTHER_KINDS = (
     (b"<", "a page of HTML or XML, most likely a site's message instead of the file",
      "open the address in a browser, log in if it asks for that, and download the file again"),
     (b"{", "a text file of JSON", "give the file of weights that lies beside it"),
-    ((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf"), "compressed, not by gzip",
-     "unpack it and give what is in it"),
 )
 NO_STATE_DICT = "not a state dict: expected a dictionary of names and tensors"
-EXPECTED = ("expected a file made by torch.save, in the safetensors format, or one of OpenAI's "
-            "archives")
-DAMAGED = "it is damaged or cut short; copy or download it again"
+EXPECTED = "expected a file made by torch.save, a safetensors file or an archive of OpenAI's"
+UNREADABLE = "not a readable file of PyTorch weights"
+DAMAGED = f"{UNREADABLE}: damaged or cut short; copy or download it again"
 
 
 def read_weights(path):
@@ -55,7 +53,7 @@ def read_weights(path):
     """
     with open(path, "rb") as file:
         try:
-            if file.read(2) == b"\x1f\x8b":
+            if file.read(3) == b"\x1f\x8b\x08":
                 file.seek(0)
                 file = io.BytesIO(gzip.GzipFile(fileobj=file).read())
             content = read_open(file)
@@ -73,15 +71,15 @@ def read_open(file):
     file.seek(0)
     head = file.read(1024)
     file.seek(0)
+    if head[8:9] == b"{" and 0 in head[:8]:                  # first: the length may be any bytes
+        return read_safetensors(file)
     if head.startswith(b"PK\x03\x04"):
         return read_zip(file)
     if head.startswith(b"\x80"):                             # a pickle: torch.save until 2020
         return read_torch(file)
-    if head[8:9] == b"{" and 0 in head[:8]:
-        return read_safetensors(file)
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for marks, kind, remedy in OTHER_KINDS:
-        if start.startswith(marks):
+    for mark, kind, remedy in OTHER_KINDS:
+        if start.startswith(mark):
             raise ValueError(f"{kind}; {remedy}")
     if not head:
         raise ValueError(f"an empty file; {EXPECTED}")
@@ -96,7 +94,7 @@ def read_zip(file):
     try:
         names = [name.partition("/")[2] for name in zipfile.ZipFile(file).namelist()]
     except Exception:                                        # damaged files fail in many ways
-        raise ValueError(f"not a readable file of PyTorch weights: {DAMAGED}") from None
+        raise ValueError(DAMAGED) from None
     if "data.pkl" not in names:
         raise ValueError(f"a zip archive of {len(names)} files, none of them weights in PyTorch's "
                          "form; unpack it and give the file of weights in it")
@@ -121,19 +119,15 @@ def read_torch(file):
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if wanted:
-        raise ValueError(f"not a readable file of PyTorch weights: beside or instead of tensors it "
-                         f"holds Python objects ({wanted[1]}), which are not made, since that can "
-                         "run code; where it comes from, save model.state_dict() alone")
-    raise ValueError(f"not a readable file of PyTorch weights: {DAMAGED}")
+        raise ValueError(
+            f"{UNREADABLE}: beside or instead of tensors it holds Python objects ({wanted[1]}), "
+            "which are not made, since that can run code; where it comes from, save "
+            "model.state_dict() alone" if wanted else DAMAGED) from None
 
-
-# ---- Safetensors -------------------------------------------------------------------------------
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
-LONGEST_HEADER = 100_000_000                                 # bytes, the format's own limit
 
 
 def read_safetensors(file):
@@ -148,7 +142,7 @@ def read_safetensors(file):
     length = int.from_bytes(file.read(8), "little")
     tensors, position = {}, 0
     try:
-        if length > min(size, LONGEST_HEADER):
+        if length > min(size, 100_000_000):                  # the format's own limit
             raise ValueError(f"a header of {length} bytes, where {size} are left")
         size -= length
         header = json.loads(file.read(length))
@@ -169,22 +163,21 @@ def read_safetensors(file):
         if position != size:
             raise ValueError(f"{size - position} bytes of no tensor")
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:
-        raise ValueError(f"a safetensors file whose header does not fit it ({str(e)[:200]}); "
-                         "copy or download it again, or save it anew") from None
+        reason = " ".join(str(e).split())[:200]              # of torch's, several lines
+        raise ValueError(f"a safetensors file whose header does not fit it ({reason}); copy or "
+                         "download it again, or save it anew") from None
     return tensors
 
-
-# ---- State dicts -------------------------------------------------------------------------------
 
 # What programs put before every name (DataParallel, torch.compile, Lightning, wrappers), and
 # open_clip before those of a text encoder that it keeps as a module of its own.
 WRAPPERS = re.compile(r"^((module|_orig_mod|model|net|clip|text)\.)+|(?<=\.)_orig_mod\.")
 HUGGING_FACE = {  # parts of the names of its CLIPModel -> OpenAI's
-    "vision_model.": "visual.", "text_model.": "", "embeddings.": "",
-    "position_embedding.weight": "positional_embedding", "patch_embedding": "conv1",
+    "vision_model.": "visual.", "text_model.": "", "encoder.layers": "transformer.resblocks",
+    "embeddings.": "", "position_embedding.weight": "positional_embedding",
+    "patch_embedding": "conv1", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
     "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post", "final_layer_norm": "ln_final",
-    "encoder.layers": "transformer.resblocks", "layer_norm": "ln_", "self_attn": "attn",
-    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "visual_projection.weight": "visual.proj",
+    "layer_norm": "ln_", "visual_projection.weight": "visual.proj",
     "text_projection.weight": "text_projection",
 }
 
@@ -206,27 +199,26 @@ def read_state_dict(path):
     if len(state) < len(content):
         raise ValueError(f"{path}: not the state dict of one model: names are there twice, with "
                          "and without a prefix")
-    if not any(name.startswith("vision_model.") for name in state):
-        return state
-    try:
-        return from_hugging_face(state)
-    except RuntimeError as error:                            # tensors of shapes that do not fit
-        raise ValueError(f"{path}: not the weights of Hugging Face's CLIPModel ({error})") from None
+    if any(name.startswith("vision_model.") for name in state):
+        state = from_hugging_face(state)
+    return state
 
 
 def from_hugging_face(state):
-    """A state dict of Hugging Face's CLIPModel -> OpenAI's names; queries, keys, values joined."""
+    """A state dict of Hugging Face's CLIPModel -> OpenAI's names; queries, keys, values joined.
+
+    What does not fit together is left as it is, for `build_model` to name.
+    """
     converted = {}
     for name, value in state.items():
         for theirs, ours in HUGGING_FACE.items():
             name = name.replace(theirs, ours)
-        if name.endswith(("visual.proj", "text_projection")):
+        if name in ("visual.proj", "text_projection") and value.ndim == 2:
             value = value.t().contiguous()                   # there it multiplies from the left
-        if not name.endswith("position_ids"):
-            converted[name] = value
+        converted[name] = value
     for name in [name for name in converted if ".q_proj." in name]:
-        parts = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
-        if all(part in converted for part in parts):
-            joined = torch.cat([converted.pop(part) for part in parts])
-            converted[name.replace(".q_proj.", ".in_proj_")] = joined
-    return converted
+        parts = [converted.get(name.replace(".q_", f".{letter}_")) for letter in "qkv"]
+        if all(part is not None and part.ndim and part.shape == parts[0].shape for part in parts):
+            converted[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+    return {name: value for name, value in converted.items()
+            if not re.search(r"\.[qkv]_proj\.", name)}

@@ -38,13 +38,6 @@ def byte_alphabet():
             | {byte: chr(256 + i) for i, byte in enumerate(others)})
 
 
-def read_merges(path, count):
-    """The first `count` merges of a vocabulary file, whose first line is a comment."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1:count + 1]
-    return [tuple(line.split()) for line in lines]
-
-
 def clean(text):
     """Repairs broken encodings and HTML entities, joins white space, lower-cases."""
     # Web captions are often escaped twice ("&amp;lt;"), hence two passes.
@@ -61,7 +54,9 @@ class SimpleTokenizer:
     def __init__(self, bpe_path=VOCABULARY):
         alphabet = byte_alphabet()
         units = list(alphabet.values())
-        merges = read_merges(bpe_path, VOCABULARY_SIZE - 2 * len(units) - 2)
+        with gzip.open(bpe_path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1:]              # the first is a comment
+        merges = [tuple(line.split()) for line in lines[:VOCABULARY_SIZE - 2 * len(units) - 2]]
         units += [unit + WORD_END for unit in units]
         units += ["".join(pair) for pair in merges]
         units += [START, END]

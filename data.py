@@ -17,10 +17,7 @@ import functools
 import http.client
 import os
 import re
-import shutil
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +31,8 @@ from clip.shapes import SHAPES, TARGET, draw_seed, draw_shapes
 from files import (PHOTOS, VOID, Parser, UserError, clean_exit, count, explain,  # noqa: F401
                    fingerprint, image_header, image_size, legend, list_folder, natural, overlay,
                    path, picture_sheet, positive, printable, read_ahead, read_image, read_label,
-                   save_picture, say_once, seed, share, to_grey, turn, visible, write_text)
+                   read_mat_v5, save_picture, say_once, seed, share, to_grey, turn, unpack,
+                   visible, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # 1. Class names
@@ -87,7 +85,7 @@ salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone
 structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete,
 wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind,
 window-other, wood"""
-STUFF_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+STUFF_UNUSED = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
 
 # Its 27 coarse classes, each with the fine ids (the values in `stuffthingmaps`) that make it up.
 STUFF = {
@@ -132,22 +130,19 @@ def parse_classes(text):
     elif re.search(r"\.(txt|csv|tsv|json)$|^[^,]*([/\\]|\.\w{1,5}$)", text.lower()):
         raise UserError(f"no file {text}; --classes takes names (\"cat, dog\") or a text file")
     lines = [line for line in lines if line.strip()]
-    if len(lines) == 1:
-        lines = lines[0].split(",")
-    classes = [[" ".join(name.split()) for name in line.split(",")] for line in lines]
+    lines = lines[0].split(",") if len(lines) == 1 else lines
+    classes, seen = [[" ".join(name.split()) for name in line.split(",")] for line in lines], set()
     if not classes:
         raise UserError(f"no class names in {where}; expected for example \"cat, dog, sofa\"")
-    seen = set()
-    for k, names in enumerate(classes, 1):
-        for name in names:
-            if not name:
-                which = f"name of class {k}" if len(names) > 1 else f"class name {k}"
-                raise UserError(f"{'a ' if len(names) > 1 else ''}{which} is empty in {where}")
-            if name.lower() in seen:
-                raise UserError(f"class name \"{name}\" is repeated in {where}")
-            if not name.isprintable():
-                raise UserError(ascii(f"class name {name} in {where} is no printable text")[1:-1])
-            seen.add(name.lower())
+    for k, name in ((k, name) for k, names in enumerate(classes, 1) for name in names):
+        if not name:
+            which = "class name" if len(classes[k - 1]) == 1 else "a name of class"
+            raise UserError(f"{which} {k} is empty in {where}")
+        if name.lower() in seen:
+            raise UserError(f"class name \"{name}\" is repeated in {where}")
+        if not name.isprintable():
+            raise UserError(f"class name {name} in {where} is no printable text")
+        seen.add(name.lower())
     if len(classes) > VOID:
         raise UserError(f"{len(classes)} classes in {where}; at most {VOID} fit in 8-bit labels")
     return [", ".join(names) for names in classes]
@@ -226,8 +221,7 @@ CITYSCAPES_IDS = _table({raw: VOID for raw in range(34)} | {raw: k for k, raw in
     [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])})
 
 STUFF_IDS = _table({raw: k for k, ids in enumerate(STUFF.values()) for raw in _expand(ids)})
-STUFF171_IDS = _table({raw: k for k, raw in enumerate(
-    raw for raw in range(182) if raw not in STUFF_UNUSED)})
+STUFF171_IDS = _table({raw: k for k, raw in enumerate(sorted({*range(182)} - STUFF_UNUSED))})
 
 
 class Tree(NamedTuple):
@@ -404,9 +398,8 @@ def connected_regions(label):
     a, b = pairs // count, pairs % count
     root, known = torch.arange(count), None
     while known is None or not torch.equal(root, known):
-        known = root
-        lowest = torch.minimum(known[a], known[b])
-        root = known.scatter_reduce(0, known[a], lowest, "amin")
+        known, lowest = root, torch.minimum(root[a], root[b])
+        root = root.scatter_reduce(0, known[a], lowest, "amin")
         root = root.scatter_reduce(0, known[b], lowest, "amin")
         root = root[root]  # chains become shorter
     root = root[run].view(H, W + 1)[:, :W]
@@ -462,10 +455,9 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0, labels=No
                         f"ID{tree.suffix}; see README, Data sets")
     label_files = [(top / folder.format(own), suffix, table)
                    for folder, suffix, table in tree.labels]
-    instances = place / tree.instances
+    instances = place / tree.instances if tree.instances else None
     return SegmentationData(name, split, CLASSES[name], ids, (place / images, tree.suffix),
-                            label_files, instances if tree.instances and instances.is_dir() else
-                            None)
+                            label_files, instances if instances and instances.is_dir() else None)
 
 
 def _open_folder(root, split, classes, labels, offset):
@@ -722,11 +714,10 @@ def download(name, root):
 
     Over https, and unpacked only if the hash is right; nothing to do where the tree is there.
     """
-    if name in ELSEWHERE:
-        raise UserError(f"--download cannot fetch {name}; get it from {ELSEWHERE[name]}; "
-                        "see README, Data sets")
     if name not in DOWNLOADS:
-        raise UserError(f"there is nothing to download for --dataset {name}")
+        raise UserError(f"--download cannot fetch {name}; get it from {ELSEWHERE[name]}; see "
+                        "README, Data sets" if name in ELSEWHERE else
+                        f"there is nothing to download for --dataset {name}")
     if root is None:
         raise UserError("--download needs --data-root, the folder to put the data set in")
     root = Path(root).expanduser()
@@ -744,85 +735,6 @@ def download(name, root):
     except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError) as error:
         raise UserError(f"downloading {name} into {root} failed: {error}; try again, or fetch it "
                         "by hand: see README, Data sets") from None
-
-
-def unpack(archive, root, tree):
-    """Unpack a tar or zip file, of which `tree` appears in root when all of it is there.
-
-    No member can land outside: of a tar file "data" refuses paths and links that lead there, of a
-    zip file they are left out.
-    """
-    part = root / f"{archive.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    options = {} if archive.suffix == ".zip" else {"filter": "data"}
-    shutil.unpack_archive(archive, part, **options)
-    (root / tree).parent.mkdir(parents=True, exist_ok=True)
-    os.replace(part / tree, root / tree)
-    shutil.rmtree(part)
-
-
-# Of the MAT-file format, level 5 (MathWorks, "MAT-File Format"), numeric types by their number in
-# an element's tag, and numeric classes of arrays by theirs, as numpy writes them.
-MAT_TYPES = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13), "i1 u1 i2 u2 i4 u4 f4 f8 i8 u8".split()))
-MAT_CLASSES = dict(zip(range(6, 16), "f8 f4 i1 u1 i2 u2 i4 u4 i8 u8".split()))
-MAT_MATRIX, MAT_COMPRESSED = 14, 15
-MAT_LARGEST = 1 << 26  # bytes: what a compressed matrix may grow to
-
-
-def _mat_elements(data, order):
-    """Yield (type, bytes) of the elements that follow each other in `data`. order: "<" or ">"."""
-    at = 0
-    while at < len(data):
-        kind, size = struct.unpack_from(order + "II", data, at)
-        at += 8
-        if kind >> 16:  # small element: size and type share the first word, the data is the second
-            kind, size, at = kind & 0xFFFF, kind >> 16, at - 4
-            if size > 4:
-                raise ValueError("a small element of more than 4 bytes")
-        if at + size > len(data):
-            raise ValueError("the file ends early")
-        yield kind, data[at:at + size]
-        at += size
-        if kind != MAT_COMPRESSED:  # all others are padded to a multiple of 8 bytes
-            at += -at % 8
-
-
-def read_mat_v5(path):
-    """The real numeric arrays of a MATLAB file (format 5, as written by save -v6 and -v7).
-
-    Returns {variable name: numpy array, rows first}; variables of other kinds (text, cells,
-    structures, sparse) are left out. Raises UserError for a file that is damaged or of another
-    format.
-    """
-    try:
-        data = Path(path).read_bytes()
-        order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
-        if order is None or struct.unpack(order + "H", data[124:126])[0] != 0x0100:
-            raise ValueError("not a MATLAB 5 file")
-        variables = {}
-        for kind, element in _mat_elements(data[128:], order):
-            if kind == MAT_COMPRESSED:
-                stream = zlib.decompressobj()
-                element = stream.decompress(element, MAT_LARGEST)
-                if not stream.eof:
-                    raise ValueError(f"cut short, or of more than {MAT_LARGEST >> 20} MiB")
-                (kind, element), = _mat_elements(element, order)
-            if kind != MAT_MATRIX:
-                continue
-            # parts of an array: flags (class in the lowest byte), dimensions, name, real values;
-            # values may be stored in a narrower type than the array's class, column after column
-            parts = list(_mat_elements(element, order))
-            mat_class = np.frombuffer(parts[0][1], order + "u4")[0] & 0xFF
-            if mat_class in MAT_CLASSES:
-                (_, dims), (_, name), (stored, values) = parts[1:4]
-                values = np.frombuffer(values, order + MAT_TYPES[stored])
-                values = values.reshape(np.frombuffer(dims, order + "i4"), order="F")
-                variables[name.decode("ascii")] = values.astype(MAT_CLASSES[mat_class])
-        return variables
-    except (OSError, ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise UserError(f"cannot read {path}: {reason}; expected a .mat file of Pascal Context "
-                        "(MATLAB 5)") from None
 
 
 # Of the 459 classes of the original annotation, the 59 frequent ones in the order of CONTEXT (which
@@ -852,9 +764,8 @@ def convert_context(mat_dir, root):
     out = tree / "SegmentationClassContext"
     out.mkdir(exist_ok=True)
     for n, i in enumerate(ids, 1):
-        target = out / f"{Path(i).name}.png"
+        target, path = out / f"{Path(i).name}.png", mat_dir / f"{i}.mat"
         if not target.exists():
-            path = mat_dir / f"{i}.mat"
             labels = read_mat_v5(path).get("LabelMap")
             if labels is None or labels.ndim != 2:
                 raise UserError(f"{path} has no matrix LabelMap; is it from Pascal Context?")
@@ -863,7 +774,6 @@ def convert_context(mat_dir, root):
             save_picture(Image.fromarray(table[labels.astype(np.int64)]), target)
         if n % 500 == 0 or n == len(ids):
             print(f"converted {n} of {len(ids)}", flush=True)
-
     labelled = {Path(i).name for i in ids}
     for split in ("train", "val"):
         source = tree / "ImageSets" / "Main" / f"{split}.txt"
@@ -910,9 +820,9 @@ def describe(data, limit):
     some = evenly(len(data), limit)
     sizes = torch.tensor([data.size(i) for i in some])
     low, middle, high = sizes.amin(0), sizes.median(0).values, sizes.amax(0)
-    split = "" if data.name == "folder" else f" {data.split}"  # which has all of them in both
-    print(f"{data.name}{split}: {len(data)} images, {len(data) if data.has_labels else 'no'} "
-          f"labels, {len(data.classes)} classes")
+    which = "folder" if data.name == "folder" else f"{data.name} {data.split}"
+    print(f"{which}: {len(data)} images, {len(data) if data.has_labels else 'no'} labels, "
+          f"{len(data.classes)} classes")
     for side, axis in (("height", 0), ("width", 1)):
         print(f"  {side}: {low[axis]} to {high[axis]}, median {middle[axis]} "
               f"({len(some)} images looked at)")

@@ -1,6 +1,6 @@
 """Files and what goes wrong with them: what every script needs before there is a data set.
 
-1 command lines and mistakes, 2 reading one picture or label, 3 folders, 4 drawing, 5 writing,
+1 command lines and mistakes, 2 reading one picture, label or array, 3 folders, 4 drawing, 5 writing,
 6 reading ahead in other processes. Nothing here knows of data sets or of CLIP.
 
 Images are uint8 tensors 3×H×W (RGB), label maps int64 tensors H×W.
@@ -17,9 +17,12 @@ import io
 import os
 import pickle
 import re
+import shutil
+import struct
 import sys
 import unicodedata
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +164,7 @@ def explain(error):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Reading one picture or label
+# 2. Reading one picture, label or array
 
 
 def _load(path, what, load):
@@ -300,6 +303,70 @@ def read_label(path):
     return _load(path, "label", load)
 
 
+# Of the MAT-file format, level 5 (MathWorks, "MAT-File Format"), numeric types by their number in
+# an element's tag, and numeric classes of arrays by theirs, as numpy writes them.
+MAT_TYPES = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13), "i1 u1 i2 u2 i4 u4 f4 f8 i8 u8".split()))
+MAT_CLASSES = dict(zip(range(6, 16), "f8 f4 i1 u1 i2 u2 i4 u4 i8 u8".split()))
+MAT_MATRIX, MAT_COMPRESSED = 14, 15
+MAT_LARGEST = 1 << 26  # bytes: what a compressed matrix may grow to
+
+
+def _mat_elements(data, order):
+    """Yield (type, bytes) of the elements that follow each other in `data`. order: "<" or ">"."""
+    at = 0
+    while at < len(data):
+        kind, size = struct.unpack_from(order + "II", data, at)
+        at += 8
+        if kind >> 16:  # small element: size and type share the first word, the data is the second
+            kind, size, at = kind & 0xFFFF, kind >> 16, at - 4
+            if size > 4:
+                raise ValueError("a small element of more than 4 bytes")
+        if at + size > len(data):
+            raise ValueError("the file ends early")
+        yield kind, data[at:at + size]
+        at += size
+        if kind != MAT_COMPRESSED:  # all others are padded to a multiple of 8 bytes
+            at += -at % 8
+
+
+def read_mat_v5(path):
+    """The real numeric arrays of a MATLAB file (format 5, as written by save -v6 and -v7).
+
+    Returns {variable name: numpy array, rows first}; variables of other kinds (text, cells,
+    structures, sparse) are left out. Raises UserError for a file that is damaged or of another
+    format.
+    """
+    try:
+        data = Path(path).read_bytes()
+        order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
+        if order is None or struct.unpack(order + "H", data[124:126])[0] != 0x0100:
+            raise ValueError("not a MATLAB 5 file")
+        variables = {}
+        for kind, element in _mat_elements(data[128:], order):
+            if kind == MAT_COMPRESSED:
+                stream = zlib.decompressobj()
+                element = stream.decompress(element, MAT_LARGEST)
+                if not stream.eof:
+                    raise ValueError(f"cut short, or of more than {MAT_LARGEST >> 20} MiB")
+                (kind, element), = _mat_elements(element, order)
+            if kind != MAT_MATRIX:
+                continue
+            # parts of an array: flags (class in the lowest byte), dimensions, name, real values;
+            # values may be stored in a narrower type than the array's class, column after column
+            parts = list(_mat_elements(element, order))
+            mat_class = np.frombuffer(parts[0][1], order + "u4")[0] & 0xFF
+            if mat_class in MAT_CLASSES:
+                (_, dims), (_, name), (stored, values) = parts[1:4]
+                values = np.frombuffer(values, order + MAT_TYPES[stored])
+                values = values.reshape(np.frombuffer(dims, order + "i4"), order="F")
+                variables[name.decode("ascii")] = values.astype(MAT_CLASSES[mat_class])
+        return variables
+    except (OSError, ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UserError(f"cannot read {path}: {reason}; expected a .mat file of Pascal Context "
+                        "(MATLAB 5)") from None
+
+
 # ------------------------------------------------------------------------------------------------
 # 3. Folders
 
@@ -376,11 +443,10 @@ def overlay(image, label, colours):
 
     image: uint8 3×H×W; colours: uint8 C×3, shown as `visible`. Void stays grey.
     """
-    pale = 110 + 0.5 * to_grey(image)
-    table = torch.cat([visible(colours), colours.new_full((256 - len(colours), 3), 255)])
-    paint = table[label.cpu()].movedim(-1, 0)
-    share = torch.where(label.cpu() == VOID, 0.0, 0.8)
-    return ((1 - share) * pale + share * paint).clamp(0, 255).to(torch.uint8)
+    label, tint = label.cpu(), torch.zeros(256, 3)
+    tint[:len(colours)] = 0.8 * visible(colours)
+    kept = torch.where(label == VOID, 1.0, 0.2) * (110 + 0.5 * to_grey(image))
+    return (kept + tint[label].movedim(-1, 0)).clamp(0, 255).to(torch.uint8)
 
 
 def picture_sheet(rows, headings, present, classes, colours, cell=240):
@@ -412,8 +478,10 @@ def FONT():
     return ImageFont.load_default(17)
 
 
-ACCENTS = {"\u0300": "`", "\u0301": "´", "\u0302": "^", "\u0303": "~", "\u0304": "-",
-           "\u0308": "··", "\u030a": "°", "\u030b": "´´", "\u030c": "v", "\u0327": ","}
+ACCENTS = {  # how the font can draw them, and how many pixels up, above a small letter
+    "\u0300": ("`", 0), "\u0301": ("´", 0), "\u0302": ("^", 4), "\u0303": ("~", 7),
+    "\u0304": ("-", 6), "\u0308": ("··", 5), "\u030a": ("°", 3), "\u030b": ("´´", 0),
+    "\u030c": ("v", 10), "\u0327": (",", 0)}
 
 
 def spelled(text):
@@ -441,15 +509,15 @@ def legend(entries, width):
     picture = Image.new("RGB", (width, -(-len(entries) // per_line) * line + gap), "white")
     draw = ImageDraw.Draw(picture)
     for n, (text, colour) in enumerate(entries):
-        x, y = n % per_line * column + gap, n // per_line * line
+        x, y = n % per_line * column + gap, n // per_line * line + 4
         draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(visible(colour).tolist()))
-        x, letter = x + 36, " "
+        x, letter = x + 36, "a"
         for c in text:
-            if c in ACCENTS:  # centred above the letter, or, a comma, below it
-                mark = ACCENTS[c]
-                up = 0 if mark == "," else font.getbbox(letter)[1] - font.getbbox(mark)[3] - 1
+            if c in ACCENTS:
+                mark, up = ACCENTS[c]
+                up += 0 if mark == "," else font.getbbox("a")[1] - font.getbbox(letter)[1]
                 middle = x - (font.getlength(letter) + font.getlength(mark)) / 2
-                draw.text((middle, y + up), mark, "black", font)
+                draw.text((middle, y - up), mark, "black", font)
             else:
                 letter = c
                 draw.text((x, y), letter, "black", font)
@@ -466,7 +534,8 @@ def save_picture(picture, path):
     temporary, info = Path(f"{path}.tmp"), PngImagePlugin.PngInfo()
     info.add_text(*MARK.decode().split("\0"))
     try:
-        picture.save(temporary, format="PNG", pnginfo=info)
+        # a quarter of the usual level's time, and a quarter more bytes
+        picture.save(temporary, format="PNG", pnginfo=info, compress_level=2)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -477,6 +546,21 @@ def write_text(path, text):
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text, "utf-8")
     os.replace(temporary, path)
+
+
+def unpack(archive, root, tree):
+    """Unpack a tar or zip file, of which `tree` appears in root when all of it is there.
+
+    No member can land outside: of a tar file "data" refuses paths and links that lead there, of a
+    zip file they are left out.
+    """
+    part = root / f"{archive.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    options = {} if archive.suffix == ".zip" else {"filter": "data"}
+    shutil.unpack_archive(archive, part, **options)
+    (root / tree).parent.mkdir(parents=True, exist_ok=True)
+    os.replace(part / tree, root / tree)
+    shutil.rmtree(part)
 
 
 def fingerprint(*parts):
@@ -543,7 +627,8 @@ def read_ahead(dataset, keys, workers, collate=None):
         return
     loader = torch.utils.data.DataLoader(reader, sampler=keys, batch_size=None, collate_fn=bytes,
                                          num_workers=workers)
-    try:
+    try:  # the semaphores lie in shared memory too; a loader that lacks them ends in a traceback
+        [torch.multiprocessing.Queue() for _ in range(workers + 3)].clear()
         items = iter(loader)
     except OSError as error:
         raise UserError(f"cannot start {workers} processes that read images ({error.strerror}); "

@@ -127,7 +127,7 @@ def parse_classes(text):
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read class names from {text}: {error}") from None
         lines = [line.split("#")[0] for line in lines]
-    elif re.search(r"\.(txt|csv|tsv|json)$|^[^,]*([/\\]|\.\w{1,5}$)", text.lower()):
+    elif re.search(r"\.(txt|csv|tsv|json)$|^[^,]*([/\\][^,]*|\.\w{1,5})$", text.lower()):
         raise UserError(f"no file {text}; --classes takes names (\"cat, dog\") or a text file")
     lines = [line for line in lines if line.strip()]
     lines = lines[0].split(",") if len(lines) == 1 else lines
@@ -762,7 +762,6 @@ def convert_context(mat_dir, root):
     table = np.zeros(460, dtype=np.uint8)
     table[CONTEXT_IDS] = np.arange(60)
     out = tree / "SegmentationClassContext"
-    out.mkdir(exist_ok=True)
     for n, i in enumerate(ids, 1):
         target, path = out / f"{Path(i).name}.png", mat_dir / f"{i}.mat"
         if not target.exists():
@@ -771,6 +770,7 @@ def convert_context(mat_dir, root):
                 raise UserError(f"{path} has no matrix LabelMap; is it from Pascal Context?")
             if labels.size == 0 or not (labels.min() >= 0 and labels.max() <= 459):
                 raise UserError(f"{path}: LabelMap has ids outside 0–459")
+            out.mkdir(exist_ok=True)
             save_picture(Image.fromarray(table[labels.astype(np.int64)]), target)
         if n % 500 == 0 or n == len(ids):
             print(f"converted {n} of {len(ids)}", flush=True)

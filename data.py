@@ -233,7 +233,7 @@ class Tree(NamedTuple):
     labels: tuple  # (folder, suffix, table): of these files the first that exists is the label
     splits: dict = {"train": "train", "val": "val"}  # our names of the splits and the tree's
     lists: str = ""  # the file that lists the ids of a split; none: all images in the folder
-    instances: str = ""  # masks ID.png that tell the objects of an image apart, where there are some
+    instances: str = ""  # masks ID.png that tell the objects of an image apart, if there are any
 
 
 TREES = {
@@ -658,12 +658,6 @@ def padding(sizes, H, W):
     return rows[:, :, None] | columns[:, None, :]
 
 
-def check_seed(seed):
-    """Raises UserError for a --seed that torch cannot take."""
-    if not -1 << 63 <= seed < 1 << 63:
-        raise UserError(f"--seed is {seed}; expected an integer of 64 bits")
-
-
 class TrainingViews(torch.utils.data.Dataset):
     """Training views of a SegmentationData, never its labels; indexed by (epoch, index).
 
@@ -809,7 +803,7 @@ def contact_sheet(data, count=12):
             pictures.append(overlay(image, label, data.palette))
             present |= set(label.unique().tolist()) - {VOID}
     rows = [pictures[i : i + 6] for i in range(0, len(pictures), 6)]
-    return picture_sheet(rows, [], present, [called(c) for c in data.classes], data.palette)
+    return picture_sheet(rows, [], present, data.classes, data.palette)
 
 
 def describe(data, limit):

@@ -1,7 +1,7 @@
 """Files and what goes wrong with them: what every script needs before there is a data set.
 
-1 command lines and mistakes, 2 reading one picture, label or array, 3 folders, 4 drawing, 5 writing,
-6 reading ahead in other processes. Nothing here knows of data sets or of CLIP.
+1 command lines and mistakes, 2 reading one picture, label or array, 3 folders, 4 drawing,
+5 writing, 6 reading ahead in other processes. Nothing here knows of data sets or of CLIP.
 
 Images are uint8 tensors 3×H×W (RGB), label maps int64 tensors H×W.
 """
@@ -146,8 +146,7 @@ def explain(error):
     """What an exception tells the user, in one line; None where there is nothing for them to do."""
     text = printable(" ".join(str(error).split()))
     if isinstance(error, UserError):
-        # a DataLoader that is not `read_ahead`'s puts its worker's traceback in front
-        return text.split("UserError: ")[-1] if "Traceback" in text else printable(error)
+        return printable(error)
     if isinstance(error, OSError):
         where = f" {printable(error.filename)}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -425,11 +424,12 @@ def picture_sheet(rows, headings, present, classes, colours, cell=240):
     """Rows of pictures under headings, above a legend of the classes in `present`, as a PIL image.
 
     rows: lists of uint8 3×H×W tensors, each scaled to fit a square of `cell` pixels; headings: one
-    per column or empty; present: class indices; classes: C texts; colours: uint8 C×3.
+    per column or empty; present: class indices; classes: C texts, of which what precedes a
+    comma is shown; colours: uint8 C×3.
     """
     gap, top, step = 6, 26 if headings else 0, cell + 6
     width, bottom = len(rows[0]) * step + gap, top + len(rows) * step + gap
-    names = legend([(classes[k], colours[k]) for k in sorted(present)], width)
+    names = legend([(classes[k].split(",")[0], colours[k]) for k in sorted(present)], width)
     sheet = Image.new("RGB", (width, bottom + names.height), "white")
     sheet.paste(names, (0, bottom))
     for y, row in enumerate(rows):
@@ -437,7 +437,7 @@ def picture_sheet(rows, headings, present, classes, colours, cell=240):
             scale = cell / max(picture.shape[-2:])
             size = [max(1, round(side * scale)) for side in picture.shape[:0:-1]]
             method = Image.NEAREST if scale > 1 else Image.BILINEAR  # enlarged masks stay sharp
-            picture = Image.fromarray(picture.movedim(0, -1).numpy()).resize(size, method)
+            picture = Image.fromarray(picture.cpu().movedim(0, -1).numpy()).resize(size, method)
             sheet.paste(picture, (x * step + gap, top + y * step + gap))
     for x, heading in enumerate(headings):
         ImageDraw.Draw(sheet).text((x * step + gap, 5), heading, "black", FONT())

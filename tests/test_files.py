@@ -89,7 +89,8 @@ def test_reading_ahead_gives_the_same_items_in_order():
 
 
 @pytest.mark.parametrize("key, said", [
-    ("mistake", "error: cannot read image x.jpg"), ("disk", "error: cannot use x.jpg: Input/output"),
+    ("mistake", "error: cannot read image x.jpg"),
+    ("disk", "error: cannot use x.jpg: Input/output error"),
     ("death", "error: a process that reads images has died")])
 def test_what_goes_wrong_in_a_worker_is_one_line(key, said, capsys):
     with pytest.raises(SystemExit) as end:
@@ -143,7 +144,8 @@ def png(pixels, *chunks, behind=()):
 
     bits = 8 * pixels.dtype.itemsize
     rows = b"".join(b"\0" + row.astype(pixels.dtype.newbyteorder(">")).tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", *pixels.shape[1::-1], bits, 2 if pixels.ndim > 2 else 0, 0, 0, 0)
+    colour = 2 if pixels.ndim > 2 else 0
+    header = struct.pack(">IIBBBBB", *pixels.shape[1::-1], bits, colour, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), *behind, (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
@@ -313,8 +315,9 @@ def test_no_two_names_look_the_same():
     drawn = {data.legend([(name, torch.tensor([1, 2, 3]))], 400).tobytes() for name in names}
     assert len(drawn) == len(names)
     assert files.spelled("Käse 猫 각") == "Ka\u0308se \\u732b \\uac01"
-    assert (data.legend([("Käse", torch.zeros(3).byte())], 400).tobytes()
-            == data.legend([("Ka\u0308se", torch.zeros(3).byte())], 400).tobytes())  # either way written
+    black = torch.zeros(3).byte()  # however the same name is written:
+    assert (data.legend([("Käse", black)], 400).tobytes()
+            == data.legend([("Ka\u0308se", black)], 400).tobytes())
 
 
 # labels ------------------------------------------------------------------------------------------

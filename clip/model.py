@@ -7,7 +7,6 @@ are batch-first, B x n x width.
 """
 
 import math
-import re
 from collections import OrderedDict
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ---- Layers ------------------------------------------------------------------------------------
+# ---- Transformer -------------------------------------------------------------------------------
 
 
 class LayerNorm(nn.LayerNorm):
@@ -44,7 +43,7 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, causal=False):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"{heads} attention heads do not divide a width of {width}")
         self.num_heads = heads
         self.causal = causal
@@ -73,9 +72,6 @@ def split_heads(x, heads):
 def merge_heads(x):
     """B x heads x n x (width / heads) -> B x n x width."""
     return x.transpose(1, 2).flatten(2)
-
-
-# ---- Transformer -------------------------------------------------------------------------------
 
 
 class MLP(nn.Sequential):
@@ -124,16 +120,12 @@ class Transformer(nn.Module):
         self.resblocks = nn.Sequential(*(
             ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers)
         ))
-        self.initialise()
-
-    def initialise(self):
-        """The normal initialisation of GPT-2: what is added to the residual shrinks with depth."""
-        inner = self.width ** -0.5
-        residual = inner * (2 * self.layers) ** -0.5
+        # The normal initialisation of GPT-2: what is added to the residual shrinks with depth.
+        inner, residual = width ** -0.5, width ** -0.5 * (2 * layers) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=inner)
             nn.init.normal_(block.attn.out_proj.weight, std=residual)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual)
 
     def forward(self, x):
@@ -211,7 +203,7 @@ class AttentionPool2d(nn.Module):
 
     def __init__(self, grid, width, heads, output_dim):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"{heads} attention heads do not divide a width of {width}")
         self.num_heads = heads
         std = width ** -0.5
@@ -357,45 +349,47 @@ def convert_weights(model):
 
     Norms, embeddings and the logit scale stay in float32, as in OpenAI's package.
     """
-    for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
-            halve(module, "weight", "bias")
-        elif isinstance(module, Attention):
-            halve(module, "in_proj_weight", "in_proj_bias")
-        elif isinstance(module, VisionTransformer):
-            halve(module, "proj")
-        elif isinstance(module, CLIP):
-            halve(module, "text_projection")
-
-
-def halve(module, *names):
-    """Makes the named parameters of a module float16; a bias may be None."""
-    for name in names:
-        parameter = getattr(module, name)
-        if parameter is not None:
+    kept = ("ln_", "bn", "downsample.1", "embedding", "logit_scale")
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in kept):
             parameter.data = parameter.data.half()
 
 
 # ---- From a state dict -------------------------------------------------------------------------
 
+# Channels per head of open_clip's image encoders, by width and number of blocks. In OpenAI's own,
+# 768 or 1024 wide, in the ResNets, and in the text encoders of all of them, a head has 64.
+HEAD_CHANNELS = {(384, 12): 64, (512, 12): 64, (896, 12): 64, (1280, 32): 80, (1408, 40): 88,
+                 (1664, 48): 104, (1792, 56): 112}
 
-def build_model(state_dict, vision_heads=None, text_heads=None, activation="quick_gelu"):
+
+def build_model(state_dict, vision_heads=None, text_heads=None, activation="quick_gelu",
+                guess_heads=True):
     """A CLIP in float32 and eval mode, its sizes read off the shapes in `state_dict`.
 
     state_dict: names -> tensors, laid out as by OpenAI's or open_clip's models of OpenAI's
     architectures; a `module.` before every name is ignored. It is copied, not kept.
     vision_heads, text_heads: attention heads, which no shape tells. Default: the 0-dim tensors
-    `vision_heads` and `text_heads` of the state dict where it has them, else one per 64 channels.
+    `vision_heads` and `text_heads` of the state dict where it has them, else those of the known
+    model of these sizes, else one per 64 channels; the last, for the image encoder, only with
+    guess_heads.
     activation: "quick_gelu" (OpenAI's weights) or "gelu"; a state dict does not say which.
 
-    ValueError: names are missing, left over or of the wrong shape, or heads do not divide a width.
+    ValueError: names are missing, left over or of the wrong shape, heads do not divide a width, or
+    nothing tells them.
     """
     state = clean_state_dict(state_dict)
-    stored_vision, stored_text = state.pop("vision_heads", None), state.pop("text_heads", None)
+    stored_vision, stored_text = (int(state.pop(name, torch.tensor(0)).long().sum())
+                                  for name in ("vision_heads", "text_heads"))
     sizes = infer_sizes(state)
-    sizes["vision_heads"] = vision_heads or (stored_vision and int(stored_vision))
-    sizes["transformer_heads"] = (text_heads or (stored_text and int(stored_text))
-                                  or default_heads(sizes["transformer_width"]))
+    width, layers = sizes["vision_width"], sizes["vision_layers"]
+    vision_heads = vision_heads or stored_vision or known_heads(width, layers)
+    if not vision_heads and not guess_heads:
+        raise ValueError(f"an image encoder of {width} channels and {layers} blocks is none of "
+                         "OpenAI's or open_clip's, and no shape tells its attention heads: give "
+                         "their number with --heads (heads=N in clip.load)")
+    sizes |= dict(vision_heads=vision_heads, transformer_heads=text_heads or stored_text
+                  or default_heads(sizes["transformer_width"]))
     with torch.device("meta"):               # no memory and no random numbers for nothing
         model = CLIP(**sizes, activation=activation)
     check_state_dict(state, model.state_dict())
@@ -405,26 +399,41 @@ def build_model(state_dict, vision_heads=None, text_heads=None, activation="quic
 
 def clean_state_dict(state_dict):
     """A float32 copy without `module.` prefixes and without entries that are not weights."""
-    not_weights = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
-    state = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    return {
-        name: value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value
-        for name, value in state.items() if name.rpartition(".")[2] not in not_weights
-    }
+    not_weights = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
+    return {name.removeprefix("module."):
+            value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value
+            for name, value in state_dict.items() if name.rpartition(".")[2] not in not_weights}
+
+
+def known_heads(width, layers):
+    """The heads of a known image encoder of these sizes (a list of layers: a ResNet), or None."""
+    if isinstance(layers, list):
+        return default_heads(32 * width)
+    channels = 64 if width in (768, 1024) else HEAD_CHANNELS.get((width, layers))
+    return channels and width // channels
 
 
 def infer_sizes(state):
     """The arguments of CLIP, but heads and activation, from the shapes in a state dict."""
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     try:
-        vision = infer_vit(shapes) if "visual.proj" in shapes else infer_resnet(shapes)
+        if "visual.proj" in shapes:
+            width, _, _, patch = shapes["visual.conv1.weight"]
+            positions = shapes["visual.positional_embedding"][0]
+            layers = count_blocks(shapes, "visual.transformer.resblocks.")
+        else:
+            positions = shapes["visual.attnpool.positional_embedding"][0]
+            width, patch = shapes["visual.conv3.weight"][0], None
+            layers = [count_blocks(shapes, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
         context_length, transformer_width = shapes["positional_embedding"]
-        return vision | dict(
+        return dict(
             embed_dim=shapes["text_projection"][1],
+            image_resolution=math.isqrt(positions - 1) * (patch or 32),
+            vision_layers=layers, vision_width=width, vision_patch_size=patch,
             context_length=context_length,
             vocab_size=shapes["token_embedding.weight"][0],
             transformer_width=transformer_width,
-            transformer_layers=count_blocks(shapes, "transformer.resblocks"),
+            transformer_layers=count_blocks(shapes, "transformer.resblocks."),
         )
     except (KeyError, IndexError, ValueError) as error:
         some = ", ".join(list(shapes)[:3]) or "nothing"
@@ -433,28 +442,11 @@ def infer_sizes(state):
             f"CLIP (visual.conv1.weight, token_embedding.weight, ...), found {some}") from None
 
 
-def infer_vit(shapes):
-    """The sizes of a VisionTransformer, from {name: shape}."""
-    width, _, _, patch = shapes["visual.conv1.weight"]
-    grid = math.isqrt(shapes["visual.positional_embedding"][0] - 1)
-    return dict(image_resolution=grid * patch, vision_width=width, vision_patch_size=patch,
-                vision_layers=count_blocks(shapes, "visual.transformer.resblocks"))
-
-
-def infer_resnet(shapes):
-    """The sizes of a ModifiedResNet, from {name: shape}."""
-    grid = math.isqrt(shapes["visual.attnpool.positional_embedding"][0] - 1)
-    return dict(image_resolution=32 * grid, vision_width=shapes["visual.conv3.weight"][0],
-                vision_patch_size=None,
-                vision_layers=[count_blocks(shapes, f"visual.layer{i}") for i in (1, 2, 3, 4)])
-
-
 def count_blocks(names, prefix):
-    """How many different numbers follow `prefix.` in the names; KeyError where none does."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    blocks = {match[1] for match in map(pattern.match, names) if match}
+    """How many different words follow the prefix in the names; KeyError where none does."""
+    blocks = {name[len(prefix):].partition(".")[0] for name in names if name.startswith(prefix)}
     if not blocks:
-        raise KeyError(f"{prefix}.0")
+        raise KeyError(f"{prefix}0")
     return len(blocks)
 
 

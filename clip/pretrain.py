@@ -10,7 +10,6 @@ import argparse
 import gzip
 import io
 import math
-import os
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from clip.clip import CLIP_MEAN, CLIP_STD, TEMPLATES
+from clip.clip import TEMPLATES, normalise
 from clip.model import CLIP
 from clip.shapes import COLOURS, SHAPES, WEB, draw_seed, draw_shapes
 
@@ -46,12 +45,6 @@ def web_captions(seeds, classes, colours, backgrounds):
             phrase += f" on a {hues[behind]} background"
         captions.append(TEMPLATES[int(next(chance) * len(TEMPLATES))].format(phrase))
     return captions
-
-
-def normalise(images):
-    """uint8 B×3×H×W, values 0–255 -> CLIP's input, float32 B×3×H×W."""
-    mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
-    return (images / 255 - mean) / std
 
 
 def encode_half(visual, images, generator):
@@ -85,16 +78,15 @@ def zero_shot_accuracy(model, seed=12345, count=2000):
 def save(model, used, path):
     """Half precision, and only the token rows that training has touched: the rest are zeros."""
     state = {key: value.half() for key, value in model.state_dict().items()}
-    table = torch.zeros_like(state["token_embedding.weight"])
-    table[used] = state["token_embedding.weight"][used]
-    state["token_embedding.weight"] = table
-    state["vision_heads"] = torch.tensor(ARCHITECTURE["vision_heads"])
-    state["text_heads"] = torch.tensor(ARCHITECTURE["transformer_heads"])
+    table = state["token_embedding.weight"]
+    table[~torch.zeros(len(table), dtype=torch.bool).index_fill(0, used, True)] = 0
+    state |= dict(vision_heads=torch.tensor(ARCHITECTURE["vision_heads"]),
+                  text_heads=torch.tensor(ARCHITECTURE["transformer_heads"]))
     buffer = io.BytesIO()
     torch.save(state, buffer)
     temporary = Path(f"{path}.tmp")
     temporary.write_bytes(gzip.compress(buffer.getvalue(), mtime=0))
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def main(argv=None):
@@ -113,48 +105,42 @@ def main(argv=None):
     images, captions = [], []
     for i in range(0, args.pairs, 1000):
         seeds = [draw_seed(args.seed, "web", j) for j in range(i, min(i + 1000, args.pairs))]
-        pictures, _, classes, colours, backgrounds = draw_shapes(seeds, **WEB)
+        pictures, _, *content = draw_shapes(seeds, **WEB)
         images.append(pictures)
-        captions += web_captions(seeds, classes, colours, backgrounds)
-        print(f"\rdrawing {i + len(seeds)}/{args.pairs} pairs", end="", flush=True)
+        captions += web_captions(seeds, *content)
+        print(f"\rdrew {len(captions)}/{args.pairs} pairs", end="", flush=True)
     images, tokens = torch.cat(images), clip.tokenize(captions)
     # Attention is causal, so nothing after the longest caption can matter.
     tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
-    print(f"\rdrew {args.pairs} pairs in {time.time() - start:.0f} s, e.g. “{captions[0]}”")
 
     model = CLIP(**ARCHITECTURE)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05),
-                                   dict(params=others, weight_decay=0.0)], lr=args.lr)
+    optimizer = torch.optim.AdamW([
+        dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=0.05),
+        dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0)], args.lr)
     steps = args.epochs * (args.pairs // args.batch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
-
-    step, begin = 0, time.time()
-    for epoch in range(args.epochs):
-        order = torch.randperm(args.pairs, generator=generator)
-        for batch in order[: args.pairs // args.batch * args.batch].split(args.batch):
-            pictures = normalise(images[batch])
-            if torch.rand((), generator=generator) < 0.5:
-                pictures = pictures.flip(-1)
-            z = F.normalize(encode_half(model.visual, pictures, generator), dim=-1)
-            t = F.normalize(model.encode_text(tokens[batch]), dim=-1)
-            logits = model.logit_scale.exp() * z @ t.T
-            target = torch.arange(len(batch))
-            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=math.log(100))
-            step += 1
-            if step % 20 == 0 or step == steps:
-                left = (time.time() - begin) / step * (steps - step)
-                scale = model.logit_scale.exp().item()
-                print(f"\rstep {step}/{steps}  loss {loss.item():.3f}  scale {scale:.1f}  "
-                      f"{left:.0f} s left   ", end="", flush=True)
+    for step in range(steps):
+        place = step % (args.pairs // args.batch)
+        if place == 0:
+            order = torch.randperm(args.pairs, generator=generator)
+        batch = order[place * args.batch : (place + 1) * args.batch]
+        pictures = normalise(images[batch])
+        if torch.rand((), generator=generator) < 0.5:
+            pictures = pictures.flip(-1)
+        z = F.normalize(encode_half(model.visual, pictures, generator), dim=-1)
+        t = F.normalize(model.encode_text(tokens[batch]), dim=-1)
+        logits = model.logit_scale.exp() * z @ t.T
+        target = torch.arange(len(batch))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        model.logit_scale.data.clamp_(max=math.log(100))
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            print(f"\rstep {step + 1}/{steps}  loss {loss.item():.3f}  "
+                  f"{time.time() - start:.0f} s   ", end="", flush=True)
     # Id 0 is where the learned Reference prompt starts, so its row is kept although unseen.
     used = torch.cat([tokens.unique().long(), torch.zeros(1).long()]).unique()
     save(model, used, args.out)

@@ -27,8 +27,32 @@ COLOURS = {
     "pink": (0.97, 0.55, 0.72), "brown": (0.48, 0.29, 0.14), "white": (0.96, 0.96, 0.96),
     "grey": (0.52, 0.52, 0.54), "black": (0.08, 0.08, 0.09),
 }
-OUTLINES = list(dict.fromkeys(outline for outline, *_ in SHAPES.values()))
-TEXTURES = list(dict.fromkeys(texture for _, texture, *_ in SHAPES.values()))
+OUTLINES = {  # inside or not; u to the right and v down in units of the radius, r and angle polar
+    "disc": lambda u, v, r, angle: r < 0.9,
+    "square": lambda u, v, r, angle: torch.maximum(u.abs(), v.abs()) < 0.8,
+    "lens": lambda u, v, r, angle: torch.hypot(u.abs() + 0.6, v) < 1.15,
+    "crescent": lambda u, v, r, angle: (r < 0.95) & (torch.hypot(u - 0.45, v) > 0.72),
+    "star": lambda u, v, r, angle:
+        r < 0.42 + 0.58 * (2 * (angle / 6.2832 * 5 % 1 - 0.5).abs()) ** 1.5,
+    "heart": lambda u, v, r, angle: (
+        ((u * 1.2) ** 2 + (-v * 1.2 + 0.1) ** 2 - 1) ** 3 < (u * 1.2) ** 2 * (-v * 1.2 + 0.1) ** 3),
+    "ring": lambda u, v, r, angle: (r < 0.95) & (r > 0.4),
+    "triangle": lambda u, v, r, angle: torch.maximum(v - 0.6, 0.866 * u.abs() - 0.5 * v - 0.5) < 0,
+    "cross": lambda u, v, r, angle:
+        (torch.minimum(u.abs(), v.abs()) < 0.32) & (torch.maximum(u.abs(), v.abs()) < 0.92),
+}
+TEXTURES = {  # share of the mark's colour, 0 to 1; u, v and size in pixels, about 7 pixels a period
+    "dots": lambda u, v, size, noise: torch.hypot(u / 8 % 1 - 0.5, v / 8 % 1 - 0.5) < 0.3,
+    "stripes": lambda u, v, size, noise: u / 7 % 1 < 0.5,
+    "checks": lambda u, v, size, noise: (u / 10 % 1 < 0.5) ^ (v / 10 % 1 < 0.5),
+    "veins": lambda u, v, size, noise: (u.abs() < 1) | ((v - 0.7 * u.abs()) / 6 % 1 < 0.3),
+    "plain": lambda u, v, size, noise: torch.zeros_like(u),
+    "gradient": lambda u, v, size, noise: ((v / size + 1) / 2).clamp(0, 1) * 0.9,
+    "sprinkles": lambda u, v, size, noise:
+        (0.9 * u + 0.5 * v).sin() * (0.7 * v - 0.6 * u).sin() > 0.55,
+    "waves": lambda u, v, size, noise: (v + 1.5 * (u * 0.6).sin()) / 6 % 1 < 0.5,
+    "noise": lambda u, v, size, noise: F.avg_pool2d(noise[:, None], 3, 1, 1)[:, 0] > 0.52,
+}
 
 # Two distributions: the pictures of the "web" that the tiny CLIP learns from carry the habits from
 # which its biases come (a preferred centre, companions, frequent classes, typical backgrounds);
@@ -70,23 +94,21 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
     rgb = torch.tensor(list(COLOURS.values()))
     habit = torch.tensor([[list(COLOURS).index(c) for c in SHAPES[n][2].split()] for n in names])
     friend = torch.tensor([names.index(SHAPES[n][3]) for n in names])
-    outline_of = torch.tensor([OUTLINES.index(SHAPES[n][0]) for n in names])
-    texture_of = torch.tensor([TEXTURES.index(SHAPES[n][1]) for n in names])
+    outline_of = torch.tensor([list(OUTLINES).index(SHAPES[n][0]) for n in names])
+    texture_of = torch.tensor([list(TEXTURES).index(SHAPES[n][1]) for n in names])
     frequency = torch.linspace(2.0, 0.5, len(names)) if skewed else torch.ones(len(names))
     cumulative = (frequency / frequency.sum()).cumsum(0)
 
     # What is in the picture, and where: each further object takes the emptiest of six places.
     count = 1 + choose(objects)
     classes = torch.full((b, objects), -1)
-    colours = torch.zeros(b, objects, dtype=torch.long)
+    colours, textures = torch.zeros(b, objects).long(), torch.zeros(b, objects).long()
     places = torch.zeros(b, objects, 4)  # x, y, radius, rotation
-    outlines, textures = torch.zeros(b, objects).long(), torch.zeros(b, objects).long()
     for j in range(objects):
         k = torch.searchsorted(cumulative, uniform()).clamp_(max=len(names) - 1)
         if j:
             k = torch.where(uniform() < companion, friend[classes[:, 0]], k)
         classes[:, j] = k
-        outlines[:, j] = outline_of[k]
         textures[:, j] = torch.where(uniform() < texture_habit, texture_of[k],
                                      choose(len(TEXTURES)))
         colours[:, j] = torch.where(uniform() < colour_habit, habit[k, choose(2)], choose(len(rgb)))
@@ -95,12 +117,10 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
         if j:
             gap = (options[:, :, None] - places[:, None, :j, :2]).norm(dim=-1)
             best = (gap - places[:, None, :j, 2]).amin(-1).argmax(1)
+            xy = options[torch.arange(b), best]
         else:
-            best = torch.zeros(b).long()
-        xy = options[torch.arange(b), best]
-        if j == 0:
             middle = torch.stack([uniform(0.42, 0.58), uniform(0.42, 0.58)], 1) * side
-            xy = torch.where((uniform() < centred)[:, None], middle, xy)
+            xy = torch.where((uniform() < centred)[:, None], middle, options[:, 0])
         places[:, j] = torch.cat([xy, uniform(*radius)[:, None], uniform(-0.5, 0.5)[:, None]], 1)
     classes[torch.arange(objects) >= count[:, None]] = -1
 
@@ -125,14 +145,14 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
         px, py, size, turn = (places[:, j, i, None, None] for i in range(4))
         dx, dy = x - px, y - py
         u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
-        inside = by_kind(is_inside, OUTLINES, outlines[:, j], u / size, v / size)
+        polar = torch.hypot(u / size, v / size), torch.atan2(u / size, -v / size)
+        inside = by_kind(OUTLINES, outline_of[classes[:, j]], u / size, v / size, *polar) > 0
         inside &= (classes[:, j] >= 0)[:, None, None]
         scale = uniform(*grain)[:, None, None]
-        marks = by_kind(texture, TEXTURES, textures[:, j], u / scale, v / scale, size, noise)
+        m = by_kind(TEXTURES, textures[:, j], u / scale, v / scale, size, noise)[:, None]
         body = rgb[colours[:, j]]
         light = body.mean(1, keepdim=True) > 0.5
         mark = torch.where(light, 0.25 * body, 0.3 * body + 0.7)
-        m = marks[:, None]
         paint = body[:, :, None, None] * (1 - m) + mark[:, :, None, None] * m
         shade = 1 + 0.24 * (uniform() - 0.5)[:, None, None, None]
         images = torch.where(inside[:, None], paint * shade, images)
@@ -141,57 +161,10 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
     return ((images.clamp(0, 1) * 255).round().to(torch.uint8), labels, classes, colours, behind)
 
 
-def by_kind(function, kinds, which, *arguments):
-    """Evaluate function(kind, …) on the rows of each kind and put the results together."""
-    result = None
-    for i, kind in enumerate(kinds):
+def by_kind(functions, which, *arguments):
+    """Float n×side×side: for each picture the outcome of function number `which` (int64 n)."""
+    result = torch.zeros(arguments[0].shape)
+    for i, function in enumerate(functions.values()):
         rows = (which == i).nonzero()[:, 0]
-        if len(rows):
-            values = function(kind, *(a[rows] for a in arguments))
-            result = values.new_zeros(len(which), *values.shape[1:]) if result is None else result
-            result[rows] = values
+        result[rows] = function(*(a[rows] for a in arguments)).float()
     return result
-
-
-def is_inside(kind, u, v):
-    """Boolean n×side×side: inside the outline; u (right), v (down) in units of the radius."""
-    r, angle = torch.hypot(u, v), torch.atan2(u, -v)
-    if kind == "disc":
-        return r < 0.9
-    if kind == "square":
-        return torch.maximum(u.abs(), v.abs()) < 0.8
-    if kind == "lens":
-        return torch.hypot(u.abs() + 0.6, v) < 1.15
-    if kind == "crescent":
-        return (r < 0.95) & (torch.hypot(u - 0.45, v) > 0.72)
-    if kind == "star":
-        return r < 0.42 + 0.58 * (2 * (angle / 6.2832 * 5 % 1 - 0.5).abs()) ** 1.5
-    if kind == "heart":
-        a, c = u * 1.2, -v * 1.2 + 0.1
-        return (a * a + c * c - 1) ** 3 < a * a * c ** 3
-    if kind == "ring":
-        return (r < 0.95) & (r > 0.4)
-    if kind == "triangle":
-        return torch.maximum(v - 0.6, 0.866 * u.abs() - 0.5 * v - 0.5) < 0
-    return (torch.minimum(u.abs(), v.abs()) < 0.32) & (torch.maximum(u.abs(), v.abs()) < 0.92)
-
-
-def texture(kind, u, v, size, noise):
-    """Share of the mark's colour, n×side×side in 0…1; u, v in pixels, about 7 pixels a period."""
-    if kind == "dots":
-        return (torch.hypot(u / 8 % 1 - 0.5, v / 8 % 1 - 0.5) < 0.3).float()
-    if kind == "stripes":
-        return (u / 7 % 1 < 0.5).float()
-    if kind == "checks":
-        return ((u / 10 % 1 < 0.5) ^ (v / 10 % 1 < 0.5)).float()
-    if kind == "veins":
-        return ((u.abs() < 1) | ((v - 0.7 * u.abs()) / 6 % 1 < 0.3)).float()
-    if kind == "gradient":
-        return ((v / size + 1) / 2).clamp(0, 1) * 0.9
-    if kind == "sprinkles":
-        return ((0.9 * u + 0.5 * v).sin() * (0.7 * v - 0.6 * u).sin() > 0.55).float()
-    if kind == "waves":
-        return ((v + 1.5 * (u * 0.6).sin()) / 6 % 1 < 0.5).float()
-    if kind == "noise":
-        return (F.avg_pool2d(noise[:, None], 3, 1, 1)[:, 0] > 0.52).float()
-    return torch.zeros_like(u)

@@ -38,20 +38,6 @@ def byte_alphabet():
             | {byte: chr(256 + i) for i, byte in enumerate(others)})
 
 
-def read_merges(path, count):
-    """The first `count` merges of a vocabulary file, whose first line is a comment."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1:count + 1]
-    return [tuple(line.split()) for line in lines]
-
-
-def clean(text):
-    """Repairs broken encodings and HTML entities, joins white space, lower-cases."""
-    # Web captions are often escaped twice ("&amp;lt;"), hence two passes.
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return regex.sub(r"\s+", " ", text).strip().lower()
-
-
 class SimpleTokenizer:
     """`encode` turns text into a list of ids, `decode` ids into text.
 
@@ -61,7 +47,9 @@ class SimpleTokenizer:
     def __init__(self, bpe_path=VOCABULARY):
         alphabet = byte_alphabet()
         units = list(alphabet.values())
-        merges = read_merges(bpe_path, VOCABULARY_SIZE - 2 * len(units) - 2)
+        with gzip.open(bpe_path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1:]              # the first is a comment
+        merges = [tuple(line.split()) for line in lines[:VOCABULARY_SIZE - 2 * len(units) - 2]]
         units += [unit + WORD_END for unit in units]
         units += ["".join(pair) for pair in merges]
         units += [START, END]
@@ -88,9 +76,14 @@ class SimpleTokenizer:
         return tuple(units)
 
     def encode(self, text):
-        """Text -> list of token ids, without start and end tokens."""
+        """Text -> list of token ids, without start and end tokens.
+
+        Broken encodings and HTML entities are repaired, white space joined, letters lower-cased.
+        """
+        # Web captions are often escaped twice ("&amp;lt;"), hence two passes.
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
         ids = []
-        for word in WORDS.findall(clean(text)):
+        for word in WORDS.findall(regex.sub(r"\s+", " ", text).strip().lower()):
             characters = "".join(self.byte_encoder[byte] for byte in word.encode("utf-8"))
             ids += [self.encoder[unit] for unit in self.bpe(characters)]
         return ids

@@ -101,6 +101,15 @@ def same(a, b):
     return a == b
 
 
+def raising(error):
+    """A function that raises an error, whatever it is called with."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
 # ---- CLIP --------------------------------------------------------------------------------------
 
 

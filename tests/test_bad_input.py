@@ -426,7 +426,7 @@ CASES = {
         *each("no-settings half-state no-setting wrong-wr", "--teacher NAME/reclip.pt",
               "NAME/reclip.pt is not a checkpoint"),
         *each(f"run {BOMBS} {SCRIPTS}", "--teacher NAME", "NAME is not a checkpoint"),
-        *each("bomb.pt bomb.pkl zip-bomb.pt old-bomb.pt script.pt list.pt",
+        *each("words.pt list.pt script.pt bomb.pt bomb.pkl zip-bomb.pt old-bomb.pt",
               f"{TEACHER} --student resnet50 --backbone NAME", "holds no weights of a ResNet"),
     ],
     data.main: [

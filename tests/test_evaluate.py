@@ -1,16 +1,13 @@
 """evaluate.py: scores against plain loops, prompt denoising by hand, whole images and windows."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import data
 import evaluate
-import reclip
-from conftest import run
-from data import VOID, UserError
+from conftest import results, run
+from data import VOID
 from evaluate import (Segmenter, confusion_matrix, grouped_by_size, label_map, prompt_denoising,
                       scores)
 
@@ -68,16 +65,16 @@ def test_absent_classes_both_ways():
 # ---- Prompt denoising --------------------------------------------------------------------------
 
 
-def test_prompt_denoising_by_hand():
+@pytest.mark.parametrize("pd, kept", [(0.3, {0, 1, 2}), (0.4, {0, 1}), (0.6, {0}), (0.9, {0}),
+                                      (0, {0, 1, 2}), (None, {0, 1, 2})])
+def test_prompt_denoising_by_hand(pd, kept):
     # Two patches, three classes; softmax over the classes of logits / 0.1.
     probabilities = torch.tensor([[0.70, 0.25, 0.05], [0.10, 0.55, 0.35]])
     logits = (0.1 * probabilities.log()).T.reshape(1, 3, 1, 2)
-    for pd, kept in [(0.3, {0, 1, 2}), (0.4, {0, 1}), (0.6, {0}), (0.9, {0}), (0, {0, 1, 2})]:
-        denoised = prompt_denoising(logits, pd, 0.1)
-        for k in range(3):
-            expected = logits[0, k] if k in kept else torch.full((1, 2), -100.0)
-            assert torch.equal(denoised[0, k], expected), (pd, k)
-    assert prompt_denoising(logits, None, 0.1) is logits
+    denoised = prompt_denoising(logits, pd, 0.1)
+    for k in range(3):
+        expected = logits[0, k] if k in kept else torch.full((1, 2), -100.0)
+        assert torch.equal(denoised[0, k], expected), k
 
 
 def test_prompt_denoising_is_for_each_image_and_keeps_its_best_class():
@@ -86,16 +83,16 @@ def test_prompt_denoising_is_for_each_image_and_keeps_its_best_class():
     assert denoised.flatten(1).tolist() == [[-100, -100, 1], [1, -100, -100]]
 
 
-def test_a_pd_of_one_keeps_what_rounds_to_one_in_float32():
+@pytest.mark.parametrize("ahead, kept", [(18.0, True), (15.0, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pd_of_one_keeps_what_rounds_to_one_in_float32(ahead, kept, dtype):
     # The best of two classes, 0.1·18 ahead: exp(-18) is lost beside 1 in float32, exp(-15) is not.
-    for ahead, kept in [(18.0, True), (15.0, False)]:
-        logits = torch.zeros(1, 3, 1, 2)
-        logits[0, 0, 0, 0] = 3.0  # class 0 is certain, so that it cannot be class 1 that stays
-        logits[0, 1, 0, 1] = 0.1 * ahead
-        for dtype in (torch.float32, torch.float64):
-            denoised = prompt_denoising(logits.to(dtype), 1.0, 0.1)
-            assert (denoised[0, 1, 0, 1] > 0) == kept and denoised[0, 2].max() == -100
-            assert denoised[0, 0, 0, 0] == 3
+    logits = torch.zeros(1, 3, 1, 2, dtype=dtype)
+    logits[0, 0, 0, 0] = 3.0  # class 0 is certain, so that it cannot be class 1 that stays
+    logits[0, 1, 0, 1] = 0.1 * ahead
+    denoised = prompt_denoising(logits, 1.0, 0.1)
+    assert (denoised[0, 1, 0, 1] > 0) == kept and denoised[0, 2].max() == -100
+    assert denoised[0, 0, 0, 0] == 3
 
 
 # ---- Label maps --------------------------------------------------------------------------------
@@ -116,9 +113,8 @@ def test_label_map_is_argmax_of_upsampled_logits(view, size):
 
 
 @pytest.fixture
-def checkpoint(small_demo, tmp_path):
-    run(reclip.main, "--out", tmp_path / "run", "--epochs", 1)
-    return tmp_path / "run" / "reclip.pt"
+def checkpoint(demo):
+    return demo(epochs=1) / "reclip.pt"
 
 
 def views(count, height, width):
@@ -163,18 +159,15 @@ def test_prompt_denoising_touches_the_rectified_stage_alone(checkpoint):
 
 
 def test_options_of_the_command(checkpoint):
-    results = {}
-    for options in ((), ("--pd", 0), ("--no-pd",), ("--pd", 1), ("--slide", 48, 24),
-                    ("--split", "train")):
-        results[options] = run(evaluate.main, "--checkpoint", checkpoint, *options)
-    rectified = {options: r["rectified"] for options, r in results.items()}
+    every = ((), ("--pd", 0), ("--no-pd",), ("--pd", 1), ("--slide", 48, 24), ("--split", "train"))
+    found = {options: run(evaluate.main, "--checkpoint", checkpoint, *options) for options in every}
+    rectified = {options: r["rectified"] for options, r in found.items()}
     assert [r["pd"] for r in rectified.values()] == [None, 0, None, 1, None, None]
     plain = rectified[()]["iou"]
     assert rectified["--pd", 0]["iou"] == rectified["--no-pd",]["iou"] == plain
     assert rectified["--pd", 1]["iou"] != plain != rectified["--slide", 48, 24]["iou"]
     assert rectified["--split", "train"]["images"] == 24 and rectified[()]["images"] == 12
-    saved = json.loads((checkpoint.parent / "results.json").read_text())
-    assert saved == results["--split", "train"]  # the last one
+    assert results(checkpoint.parent) == found["--split", "train"]  # the last one
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
@@ -241,8 +234,3 @@ def test_table():
         ["maskclip", "rectified"], ["mIoU", "1.00", "1.00"], ["pixel", "accuracy", "2.50", "2.50"],
         ["-" * len(lines[3])], ["cat", "–", "–"], ["tv", "monitor", "12.35", "100.00"]]
     assert len({len(line) for line in lines}) == 1
-
-
-def test_newest_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint under .*runs/; run python reclip.py first"):
-        evaluate.newest_checkpoint(tmp_path / "runs")

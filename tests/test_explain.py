@@ -1,6 +1,5 @@
 """evaluate.py: bias scores by hand, figures, linear probe."""
 
-import json
 import math
 import shutil
 
@@ -12,7 +11,7 @@ from PIL import Image
 import data
 import evaluate
 import reclip
-from conftest import run
+from conftest import results, run
 from data import VOID
 from evaluate import (class_preference, class_shares, confusion_by_distance, confusion_matrix,
                       distance_bins, distance_curve, linear_probe, space_preference)
@@ -82,12 +81,11 @@ def test_bias_of_the_demo(small_demo, trained_demo, tmp_path, capsys):
         counted = sum((val.label(i) != VOID).sum().item() for i in range(len(val)))
         assert sum(p["pixels"] for p in result["distance_curve"]) == counted
     # Bias scores stay when the same is evaluated again, and go when something else is.
-    read = lambda: json.loads((tmp_path / "results.json").read_text())
     run(evaluate.main, *checkpoint)
-    assert read() == biased
+    assert results(tmp_path) == biased
     run(evaluate.main, *checkpoint, "--pd", 1)
-    assert "class_preference" not in read()["rectified"]
-    assert read()["maskclip"] == biased["maskclip"]
+    assert "class_preference" not in results(tmp_path)["rectified"]
+    assert results(tmp_path)["maskclip"] == biased["maskclip"]
 
 
 def test_bias_with_instance_masks(voc_root, clip_file, tmp_path):
@@ -110,9 +108,9 @@ def test_bias_with_instance_masks(voc_root, clip_file, tmp_path):
 
 def test_figures(small_demo, trained_demo, tmp_path):
     out = tmp_path / "figures"
-    results = run(evaluate.main, "--checkpoint", trained_demo / "distill.pt", "--figures", "--out",
-                  out)
-    assert list(results) == ["maskclip", "rectified", "distilled"]  # reclip.pt lies beside it
+    found = run(evaluate.main, "--checkpoint", trained_demo / "distill.pt", "--figures", "--out",
+                out)
+    assert list(found) == ["maskclip", "rectified", "distilled"]  # reclip.pt lies beside it
     sizes = {path.name: Image.open(path).size for path in out.glob("*.png")}
     assert sorted(sizes) == ["comparison.png", "confusion.png", "distance.png", "heatmaps.png"]
     assert all(850 <= width <= 1000 for width, _ in sizes.values())
@@ -125,8 +123,8 @@ def test_figures(small_demo, trained_demo, tmp_path):
 
 def test_figures_of_one_checkpoint(small_demo, trained_demo, tmp_path, capsys):
     shutil.copy(trained_demo / "distill.pt", tmp_path)
-    results = run(evaluate.main, "--checkpoint", tmp_path / "distill.pt", "--figures")
-    assert list(results) == ["distilled"]
+    found = run(evaluate.main, "--checkpoint", tmp_path / "distill.pt", "--figures")
+    assert list(found) == ["distilled"]
     assert not (tmp_path / "heatmaps.png").exists() and (tmp_path / "confusion.png").exists()
     assert "no heatmaps.png: it needs MaskCLIP's masks" in capsys.readouterr().out
 
@@ -174,8 +172,8 @@ def test_linear_probe_of_the_command(small_demo, trained_demo, tmp_path, capsys,
     checkpoint = ("--checkpoint", trained_demo / "reclip.pt")
     run(evaluate.main, *checkpoint, "--linear-probe", "--out", tmp_path)
     assert "trained with ground truth" in capsys.readouterr().out
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["maskclip", "rectified", "linear_probe_maskclip",
-                             "linear_probe_rectified"]
-    for name, result in results.items():
+    found = results(tmp_path)
+    assert list(found) == ["maskclip", "rectified", "linear_probe_maskclip",
+                           "linear_probe_rectified"]
+    for name, result in found.items():
         assert result.get("trained_with_ground_truth", False) == name.startswith("linear_probe")

@@ -1,12 +1,6 @@
-"""Values recorded from OpenAI's CLIP and from the ReCLIP authors' program, to be met again.
+"""Values recorded from OpenAI's CLIP and from the ReCLIP authors' program, to be met again."""
 
-The environment variable GOLDEN names another folder with the same files.
-"""
-
-import gzip
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,19 +12,8 @@ import evaluate
 import reclip
 from clip.model import build_model
 from clip.simple_tokenizer import SimpleTokenizer
-from data import shifted_ids
-
-GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).with_name("golden")))
-
-
-def golden(name):
-    """The recorded dictionary; its state dicts are float16, which .float() restores exactly."""
-    with gzip.open(GOLDEN / f"{name}.pt.gz") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def assert_close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+from conftest import GOLDEN, assert_close, golden, golden_clip
+from data import VOID, shifted_ids
 
 
 # ---- clip/ -------------------------------------------------------------------------------------
@@ -67,16 +50,8 @@ def test_tokenizer():
 # ---- reclip.py ---------------------------------------------------------------------------------
 
 
-def dense():
-    """The CLIP and the images of clip_vit and dense, with Z of unit length and p."""
-    recorded = golden("dense")
-    model = build_model(golden("clip_vit")["state_dict"]).requires_grad_(False)
-    features = reclip.dense_features(model.visual, recorded["images"])
-    return model, recorded, features
-
-
 def test_dense():
-    model, recorded, features = dense()
+    model, recorded, features = golden_clip()
     h, w = recorded["grid"].tolist()
     tokens, grid = reclip.tokens_before_last_block(model.visual, recorded["images"])
     assert grid == (h, w)
@@ -91,7 +66,7 @@ def test_dense():
 
 def recorded_rectifier(recorded, method):
     """A Rectifier with the recorded weights and the authors' three-token suffixes; its inputs."""
-    model, _, features = dense()
+    model, _, features = golden_clip()
     weights = reclip.renamed(recorded["weights"])
     rectifier = reclip.Rectifier(model, recorded["class_names"], recorded["Wq"],
                                  *reclip.METHODS[method])
@@ -108,14 +83,18 @@ def recorded_rectifier(recorded, method):
     return model, rectifier, F.normalize(features, dim=1), p
 
 
+def present(recorded, C):
+    """The hypothesis B×C of a recorded step, from its list of classes per image."""
+    rows = [[k in labels for k in range(C)] for labels in map(list, recorded["labels"])]
+    return torch.tensor(rows)
+
+
 def check_training_step(model, rectifier, Z, p, recorded, temperature, expected):
     """The recorded step: logits, loss and gradients in training mode, Gumbel noise off."""
     rectifier.train()
     Mq, logits = rectifier(Z, p, rectifier.reference(model))
     assert_close(logits, expected)
-    hypothesis = torch.zeros(Mq.shape[:2], dtype=torch.bool)
-    for row, labels in zip(hypothesis, recorded["labels"]):
-        row[labels] = True
+    hypothesis = present(recorded, len(rectifier.Wq))
     # At τ1 = 0.001 rounding errors of 1e-6 in the logits change the gradient by 1e-3; so it is
     # taken at the recorded logits, which ours have just matched.
     logits = logits + (expected - logits).detach()
@@ -136,32 +115,27 @@ def check_training_step(model, rectifier, Z, p, recorded, temperature, expected)
         assert (learned[name].grad - gradient).abs().max().item() <= tolerance, name
 
 
-def test_reclip_plus_plus():
-    recorded = golden("reclippp")
-    model, rectifier, Z, p = recorded_rectifier(recorded, "reclip++")
-    with torch.no_grad():
-        reference = rectifier.reference
-        prefix = torch.cat([reference.start, reference.prompt])
-        assert_close(reclip.encode_shared_prefix(model, prefix, reference.suffix), recorded["Wr"])
-        Wr = reference(model)
-        assert_close(Wr, recorded["Wr_normalised"])
-        Mq, Mo = rectifier.eval()(Z, p, Wr)
-        Mb = rectifier.bias(Z, p, Wr)
-        assert_close(Mq, recorded["Mq"])
-        assert_close(Mb, recorded["Mb"])
-        assert_close(Mq - Mb, recorded["M"])
-        assert_close(Mo, recorded["Mo_eval"])
-    check_training_step(model, rectifier, Z, p, recorded, 0.01, recorded["Mo_train"])
-
-
-def test_reclip():
-    recorded = golden("reclip")
-    model, rectifier, Z, p = recorded_rectifier(recorded, "reclip")
+@pytest.mark.parametrize("method, name, temperature, expected", [
+    ("reclip++", "reclippp", 0.01, "Mo"), ("reclip", "reclip", 0.001, "M")])
+def test_rectification(method, name, temperature, expected):
+    recorded = golden(name)
+    model, rectifier, Z, p = recorded_rectifier(recorded, method)
     with torch.no_grad():
         Wr = rectifier.reference(model)
         assert_close(Wr, recorded["Wr_normalised"])
-        assert_close(rectifier.eval()(Z, p, Wr)[1], recorded["M_eval"])
-    check_training_step(model, rectifier, Z, p, recorded, 0.001, recorded["M_train"])
+        Mq, logits = rectifier.eval()(Z, p, Wr)
+        assert_close(logits, recorded[f"{expected}_eval"])
+        if method == "reclip++":
+            reference = rectifier.reference
+            prefix = torch.cat([reference.start, reference.prompt])
+            assert_close(reclip.encode_shared_prefix(model, prefix, reference.suffix),
+                         recorded["Wr"])
+            Mb = rectifier.bias(Z, p, Wr)
+            assert_close(Mq, recorded["Mq"])
+            assert_close(Mb, recorded["Mb"])
+            assert_close(Mq - Mb, recorded["M"])
+    check_training_step(model, rectifier, Z, p, recorded, temperature,
+                        recorded[f"{expected}_train"])
 
 
 # ---- evaluate.py -------------------------------------------------------------------------------
@@ -209,14 +183,12 @@ def test_deeplabv2():
 def test_distillation_losses():
     recorded = golden("distill")
     labels, Z_hat = recorded["pseudo_labels"], recorded["student_features"]
-    valid = labels != 255
+    valid = labels != VOID
     # The authors divide the mask loss by all pixels, and use the logit scale without exp.
     mask = distill.mask_loss(recorded["student_logits"], labels) * valid.float().mean()
     feature = distill.feature_loss(recorded["teacher_features"], Z_hat, valid)
     masks = distill.label_masks(labels, len(recorded["Wq"]), Z_hat.shape[2:])
-    hypothesis = torch.zeros(len(labels), len(recorded["Wq"]), dtype=torch.bool)
-    for row, present in zip(hypothesis, recorded["labels"]):
-        row[present] = True
+    hypothesis = present(recorded, len(recorded["Wq"]))
     text = distill.text_loss(Z_hat, masks, recorded["Wq"], hypothesis, 1 / recorded["scale"])
     assert_close(mask, recorded["mask_loss"], 1e-5)
     assert_close(feature, recorded["feature_loss"], 1e-5)

@@ -116,37 +116,15 @@ def test_broken_images_are_named_and_the_others_done(predict, capsys):
     picture("in/good.png"), picture("in/z.png")
     Path("in/cut.jpg").write_bytes(b"\xff\xd8\xff")
     Path("in/empty.png").write_bytes(b"")
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="2"):
         predict("in")
     said = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(said) == 3
+    assert len(said) == 3
     assert "cannot read image in/cut.jpg" in said[0] and "in/empty.png" in said[1]
     assert said[2] == "error: 2 of 4 images could not be read: in/cut.jpg, in/empty.png"
     assert [("error" in row, "mask" in row) for row in lines()] == [
         (True, False), (True, False), (False, True), (False, True)]
     assert not list(Path("out").glob("*.part"))
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["nowhere"], "--images: no file or folder nowhere"),
-    (["empty"], "--images: no images in empty; expected .jpg"),
-    (["a.png", "--bias"], "--images predicts, --bias evaluates"),
-    (["a.png", "--classes", "cat"], "--classes goes with"),
-    (["a.png", "--out", "a.png"], "cannot write to a.png"),
-])
-def test_mistakes(predict, capsys, arguments, message):
-    picture("a.png")
-    Path("empty").mkdir()
-    with pytest.raises(SystemExit) as end:
-        predict(*arguments)
-    assert end.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_a_student_knows_no_maskclip(predict, trained_demo, capsys):
-    picture("a.png")
-    with pytest.raises(SystemExit):
-        predict("a.png", "--method", "maskclip", checkpoint=trained_demo / "distill.pt")
-    assert "--method maskclip: this checkpoint has only distilled" in capsys.readouterr().err
 
 
 def test_maskclip_without_a_checkpoint(predict, photos, clip_file, trained_demo):

@@ -246,8 +246,11 @@ def make_checkpoints(trained):
             ("v-words", "views.npy", b"words"), ("v-empty", "views.npy", b""),
             ("v-pickle", "views.npy", Path("array-bomb.npy").read_bytes()),
             ("v-json", "views.json", b"{"), ("v-bytes", "views.json", b"\xff\xfe"),
-            ("v-list", "views.json", b"[1]"), ("v-other", "views.json", b"{}")):
-        (folder(name) / file).write_bytes(content)
+            ("v-list", "views.json", b"[1]"), ("v-other", "views.json", b"{}"),
+            ("v-no-json", "views.json", None),
+            ("v-sound", "views.json", (trained / "views.json").read_bytes())):
+        path = folder(name) / file
+        path.unlink() if content is None else path.write_bytes(content)
         if name.startswith("v-"):  # a finished run needs no views
             Path(name, "reclip.pt").unlink()
 
@@ -349,7 +352,10 @@ CASES = {
             "--method maskclip": "was made with other settings",
             "--clip clip.pt": "with another CLIP",
             f"{NAMED} good --clip clip.pt": "was made with other classes"}.items()),
-        (f"{SHORT} no-run --clip clip.pt", "was made with other settings (clip "),
+        *((f"{SHORT} no-run {change}", f"hypotheses.jsonl was made with other settings ({named}")
+          for change, named in {
+            "--clip clip.pt": "clip ", "--crop-ratio 0.34": "view 0.5 → 0.34",
+            "--hypothesis global": "hypothesis crops → global", "--seed 1": "seed 0 → 1"}.items()),
         (f"{SHORT} no-hypotheses --clip clip.pt", "was made with another CLIP"),
         (f"{OWN} other", "own/reclip.pt was made with other images"),
         *each("no-settings list-settings reclip-cut no-clip empty-state text-state wrong-state "
@@ -358,9 +364,13 @@ CASES = {
         *each("h-short h-text h-words h-list h-no-scores h-number h-cut h-nonsense h-bytes h-empty "
               "h-pickle", f"{SHORT} NAME", "hypotheses.jsonl is damaged; delete it"),
         *each("v-cut v-words v-empty v-pickle", f"{SHORT} NAME", "views.npy is damaged; delete it"),
-        *each("v-json v-bytes v-list", f"{SHORT} NAME",
+        *each("v-json v-bytes v-list v-no-json", f"{SHORT} NAME",
               "views.json is damaged; delete views.* there"),
-        (f"{SHORT} v-other", "v-other/views.json was made with other settings (activation None"),
+        *((f"{SHORT} {change}", f"views.json was made with other settings ({named}")
+          for change, named in {
+            "v-other": "activation None", "v-sound --crop 80": "crop 96 → 80",
+            "v-sound --views 1": "views 2 → 1",
+            "v-sound --surgery program": "surgery value → program"}.items()),
         *each("l-words l-bytes l-list l-no-step", f"{SHORT} NAME", "log.jsonl is damaged"),
     ],
     evaluate.main: [

@@ -39,9 +39,6 @@ def same_weights(model, other):
     return same(dict(model.state_dict()), dict(other.state_dict()))
 
 
-# ---- Layers ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
 def test_attention_is_pytorchs_and_has_its_parameters(causal):
@@ -84,9 +81,6 @@ def test_short_token_rows_give_the_same_text_features(model):
         model.encode_text(torch.zeros(1, 13, dtype=torch.int))
 
 
-# ---- Half precision ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("changes", [{}, RESNET], ids=["ViT", "ResNet"])
 def test_float16_reaches_projections_and_nothing_else(changes):
     model = make_clip(**changes)
@@ -107,9 +101,6 @@ def test_half_precision_computes_nearly_the_same(model):
     model.bfloat16()
     torch.testing.assert_close(model.encode_image(IMAGE), image_features.bfloat16(),
                                atol=5e-2, rtol=0)
-
-
-# ---- build_model -------------------------------------------------------------------------------
 
 
 def without(state, part):
@@ -153,9 +144,6 @@ def test_build_model_head_counts(model):
         build_model(state, text_heads=5)
 
 
-# ---- Tokens ------------------------------------------------------------------------------------
-
-
 def test_tokenize():
     tokens = clip.tokenize(["a photo of a cat.", ""])
     assert tokens.shape == (2, 77) and tokens.dtype == torch.int32
@@ -177,9 +165,6 @@ def test_tokenizer_decodes_what_it_encoded():
     assert len(tokenizer.encoder) == 49408
     ids = tokenizer.encode("A  Café &amp; 2 naïve 猫!")
     assert tokenizer.decode(ids) == "a café & 2 naïve 猫 ! "
-
-
-# ---- load --------------------------------------------------------------------------------------
 
 
 def save(content, path, zipped=False):
@@ -272,9 +257,6 @@ def test_tiny_clip_may_be_missing(monkeypatch, tmp_path):
         clip.load("shapes-tiny")
     save(make_clip().state_dict(), loading.TINY_PATH, zipped=True)
     assert clip.load("shapes-tiny", device="cpu")[0].visual.input_resolution == 16
-
-
-# ---- Downloads ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -48,9 +48,6 @@ def check_results(out, classes, stages):
     return found
 
 
-# ---- Whole runs on photographs -----------------------------------------------------------------
-
-
 def test_voc_from_hypotheses_to_miou(rectify, capsys):
     out = rectify()
     rows = [json.loads(line) for line in (out / "hypotheses.jsonl").read_text().splitlines()[1:]]
@@ -127,9 +124,6 @@ def test_vit_b16(voc_root, cityscapes_root, tmp_path, monkeypatch):
     (tmp_path / "clip.pt").unlink()  # 300 MB, which pytest would keep
 
 
-# ---- Training sees no ground truth -------------------------------------------------------------
-
-
 def test_training_without_label_files_is_the_same_bit_for_bit(rectify, voc_root):
     labelled = rectify(out="labelled")
     for path in voc_root.rglob("SegmentationClass/*.png"):
@@ -150,9 +144,6 @@ def test_training_opens_no_label(rectify, monkeypatch):
     assert learned(out)["finished"]
     with pytest.raises(AssertionError, match="opened the label"):  # the guard works
         run(compare, "--checkpoint", out / "reclip.pt")
-
-
-# ---- Training ----------------------------------------------------------------------------------
 
 
 def test_loss_falls(demo):
@@ -200,9 +191,6 @@ def test_seeds_differ_and_repeat(demo):
     first, again = learned(demo(out="a")), learned(demo(out="b"))
     other = learned(demo("--seed", 1, out="c"))
     assert same(first, again) and not same(first["state"], other["state"])
-
-
-# ---- Methods and presets -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments, parts", [
@@ -279,9 +267,6 @@ def test_a_broken_image_is_named(photos, tmp_path, mistake, length, workers):
     said = mistake(reclip.main, "--dataset", "folder", "--data-root", photos, "--classes", "cat",
                    "--clip", "shapes-tiny", "--out", tmp_path / "run", "--workers", workers)
     assert f"cannot read image {path}" in said
-
-
-# ---- The scripts themselves --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("main", [reclip.main, evaluate.main, data.main, pretrain.main],

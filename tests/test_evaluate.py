@@ -18,9 +18,6 @@ def random_labels(*shape, C=4, void=0.2, seed=0):
     return labels.masked_fill(torch.rand(shape, generator=generator) < void, VOID)
 
 
-# ---- Scores ------------------------------------------------------------------------------------
-
-
 def confusion_by_loop(prediction, label, C):
     confusion = torch.zeros(C, C, dtype=torch.int64)
     for p, t in zip(prediction.flatten().tolist(), label.flatten().tolist()):
@@ -62,9 +59,6 @@ def test_absent_classes_both_ways():
     assert counted["pixel_accuracy"] == result["pixel_accuracy"]
 
 
-# ---- Prompt denoising --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pd, kept", [(0.3, {0, 1, 2}), (0.4, {0, 1}), (0.6, {0}), (0.9, {0}),
                                       (0, {0, 1, 2}), (None, {0, 1, 2})])
 def test_prompt_denoising_by_hand(pd, kept):
@@ -93,9 +87,6 @@ def test_a_pd_of_one_keeps_what_rounds_to_one_in_float32(ahead, kept, dtype):
     denoised = prompt_denoising(logits, 1.0, 0.1)
     assert (denoised[0, 1, 0, 1] > 0) == kept and denoised[0, 2].max() == -100
     assert denoised[0, 0, 0, 0] == 3
-
-
-# ---- Label maps --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("view, size", [((75, 100), (150, 211)), ((75, 100), (75, 100)),
@@ -168,9 +159,6 @@ def test_options_of_the_command(checkpoint):
     assert rectified["--pd", 1]["iou"] != plain != rectified["--slide", 48, 24]["iou"]
     assert rectified["--split", "train"]["images"] == 24 and rectified[()]["images"] == 12
     assert results(checkpoint.parent) == found["--split", "train"]  # the last one
-
-
-# ---- Evaluation --------------------------------------------------------------------------------
 
 
 class Pictures:

@@ -16,9 +16,6 @@ from data import VOID
 from evaluate import (class_preference, class_shares, confusion_by_distance, confusion_matrix,
                       distance_bins, distance_curve, linear_probe, space_preference)
 
-# ---- Class preference --------------------------------------------------------------------------
-
-
 def test_class_preference_by_hand():
     # Rows as shares: 0.6 0.3 0.1 | 0.5 0.25 0.25 | absent | 0 0 0 1
     confusion = torch.tensor([[6, 3, 1, 0], [4, 2, 2, 0], [0, 0, 0, 0], [0, 0, 0, 7]])
@@ -27,9 +24,6 @@ def test_class_preference_by_hand():
     assert class_preference(torch.tensor([[5]])) == 1
     assert class_preference(torch.tensor([[0, 5], [5, 0]])) == -1
     assert class_preference(torch.zeros(3, 3, dtype=torch.int64)) is None
-
-
-# ---- Space preference --------------------------------------------------------------------------
 
 
 def test_distance_of_a_centroid_by_hand():
@@ -103,9 +97,6 @@ def test_bias_with_instance_masks(voc_root, clip_file, tmp_path):
     assert result["maskclip"]["objects"] == "instance masks"
 
 
-# ---- Figures -----------------------------------------------------------------------------------
-
-
 def test_figures(small_demo, trained_demo, tmp_path):
     out = tmp_path / "figures"
     found = run(evaluate.main, "--checkpoint", trained_demo / "distill.pt", "--figures", "--out",
@@ -133,9 +124,6 @@ def test_figures_of_few_classes_and_empty_bins():
     confusions = {"maskclip": torch.tensor([[3, 1], [0, 0]]), "rectified": torch.eye(2).long()}
     assert evaluate.confusion_figure(confusions, ["a", "traffic light"]).height > 200
     evaluate.distance_figure({"maskclip": [None] * 5, "rectified": [0, None, 100, None, None]})
-
-
-# ---- Linear probe ------------------------------------------------------------------------------
 
 
 def test_class_shares_of_cells():

@@ -16,9 +16,6 @@ from conftest import GOLDEN, assert_close, golden, golden_clip
 from data import VOID, shifted_ids
 
 
-# ---- clip/ -------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_clip_vit():
     recorded = golden("clip_vit")
@@ -45,9 +42,6 @@ def test_tokenizer():
     tokenizer = SimpleTokenizer()
     for case in recorded:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
-
-
-# ---- reclip.py ---------------------------------------------------------------------------------
 
 
 def test_dense():
@@ -138,9 +132,6 @@ def test_rectification(method, name, temperature, expected):
                         recorded[f"{expected}_train"])
 
 
-# ---- evaluate.py -------------------------------------------------------------------------------
-
-
 def test_miou():
     recorded = golden("miou")
     C = len(recorded["iou"])
@@ -153,9 +144,6 @@ def test_miou():
     assert result["miou"] == pytest.approx(100 * recorded["miou"], abs=1e-6)
     # The authors' pixel accuracy is ours: right pixels over those whose label counts.
     assert result["pixel_accuracy"] == pytest.approx(100 * recorded["pixel_acc"], abs=1e-6)
-
-
-# ---- distill.py --------------------------------------------------------------------------------
 
 
 @torch.no_grad()

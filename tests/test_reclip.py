@@ -314,16 +314,6 @@ def test_hypotheses_are_keyed_by_id(make):
     assert torch.equal(make(), first.flip(0)[5:8]) and len(make.encoded) == 24
 
 
-@pytest.mark.parametrize("changes, named", [(dict(crop_ratio=1 / 3), "view 0.5 → 0.33"),
-                                            (dict(hypothesis="global"), "hypothesis crops → glob"),
-                                            (dict(seed=1), "seed 0 → 1")])
-def test_hypotheses_of_other_settings_are_refused(make, changes, named):
-    make()
-    with pytest.raises(UserError, match=rf"hypotheses.jsonl was made with other.*{named}"):
-        make(**changes)
-    assert len(make.encoded) == 24
-
-
 def test_interrupted_hypotheses_go_on(make):
     thirds = functools.partial(make, crop_ratio=1 / 3)  # 25 crops: ten images a group
     expected = thirds()

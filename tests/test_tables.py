@@ -26,9 +26,6 @@ def options(out, *seeds, **others):
                             device="cpu", workers=None, amp=None) | others)
 
 
-# ---- Rows --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dataset", ["shapes", "voc"])
 def test_every_row_has_a_command_and_every_command_parses(dataset, tmp_path):
     runs, tables = all_runs(dataset)
@@ -76,9 +73,6 @@ def test_the_papers_agree_with_themselves():
     assert numbers.pop(("reclip-distilled", "VOC")) == {"75.8", "75.4"}
     assert all(len(found) == 1 for found in numbers.values())
     assert len(numbers) > 70
-
-
-# ---- Statistics --------------------------------------------------------------------------------
 
 
 def test_direction_by_hand():
@@ -152,9 +146,6 @@ def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo
     run(evaluate.main, *checkpoint, "--pd", 0.99)  # which is for the rectified logits alone
     assert evaluate.measured(tmp_path, "reclip++") == {}
     assert evaluate.measured(tmp_path, "maskclip")["miou"] == usual["maskclip"]["miou"]
-
-
-# ---- The whole of it ---------------------------------------------------------------------------
 
 
 def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.testing import assert_close
 
 import clip
 from clip import clip as loading
@@ -50,19 +51,19 @@ def test_attention_is_pytorchs_and_has_its_parameters(causal):
     attention.load_state_dict(reference.state_dict())
     x = torch.randn(2, 5, 12)
     later = torch.ones(5, 5).triu(1).bool() if causal else None
-    torch.testing.assert_close(attention(x), reference(x, x, x, attn_mask=later)[0])
+    assert_close(attention(x), reference(x, x, x, attn_mask=later)[0])
 
 
 def test_layer_norm_computes_in_float32_and_keeps_the_type():
     x = 300 * torch.randn(4, 64).half()      # its squares overflow in float16
     y = LayerNorm(64)(x)
     assert y.dtype == torch.float16
-    torch.testing.assert_close(y, nn.LayerNorm(64)(x.float()).half())
+    assert_close(y, nn.LayerNorm(64)(x.float()).half())
 
 
 def test_activations(model):
     x = torch.linspace(-3, 3, 7)
-    torch.testing.assert_close(QuickGELU()(x), x / (1 + torch.exp(-1.702 * x)))
+    assert_close(QuickGELU()(x), x / (1 + torch.exp(-1.702 * x)))
     exact = build_model(model.state_dict(), activation="gelu")
     kinds = {type(module.gelu) for module in exact.modules() if hasattr(module, "gelu")}
     assert kinds == {nn.GELU}
@@ -73,10 +74,10 @@ def test_activations(model):
 @torch.no_grad()
 def test_short_token_rows_give_the_same_text_features(model):
     full = model.encode_text(TOKENS)
-    torch.testing.assert_close(model.encode_text(TOKENS[:, :6]), full)
+    assert_close(model.encode_text(TOKENS[:, :6]), full)
     changed = TOKENS.clone()
     changed[:, 6:] = 13                      # what follows the end token does not matter
-    torch.testing.assert_close(model.encode_text(changed), full)
+    assert_close(model.encode_text(changed), full)
     with pytest.raises(ValueError, match="13 tokens per text; this CLIP reads at most 12"):
         model.encode_text(torch.zeros(1, 13, dtype=torch.int))
 
@@ -96,11 +97,10 @@ def test_float16_reaches_projections_and_nothing_else(changes):
 def test_half_precision_computes_nearly_the_same(model):
     image_features, text_features = model.encode_image(IMAGE), model.encode_text(TOKENS)
     convert_weights(model)
-    torch.testing.assert_close(model.encode_image(IMAGE), image_features.half(), atol=1e-2, rtol=0)
-    torch.testing.assert_close(model.encode_text(TOKENS), text_features.half(), atol=1e-2, rtol=0)
+    assert_close(model.encode_image(IMAGE), image_features.half(), atol=1e-2, rtol=0)
+    assert_close(model.encode_text(TOKENS), text_features.half(), atol=1e-2, rtol=0)
     model.bfloat16()
-    torch.testing.assert_close(model.encode_image(IMAGE), image_features.bfloat16(),
-                               atol=5e-2, rtol=0)
+    assert_close(model.encode_image(IMAGE), image_features.bfloat16(), atol=5e-2, rtol=0)
 
 
 def without(state, part):
@@ -191,7 +191,7 @@ def test_preprocess_takes_every_mode(model, tmp_path, mode):
     x = preprocess(Image.new("RGB", (40, 24), "white").convert(mode))
     assert x.shape == (3, 16, 16) and x.dtype == torch.float32
     white = (1 - torch.tensor(loading.CLIP_MEAN)) / torch.tensor(loading.CLIP_STD)
-    torch.testing.assert_close(x, white[:, None, None].expand(3, 16, 16))
+    assert_close(x, white[:, None, None].expand(3, 16, 16))
 
 
 def archive(model, path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import shutil
 import struct
 import tarfile
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 import data
-from conftest import mat_file, raising, save
+from conftest import mat_file, raising, run, save
 from data import VOID, UserError
 
 H, W = 6, 8
@@ -67,18 +66,15 @@ def test_counts_of_names_and_templates():
     assert data.TEMPLATES[-1] == "this is one {} in the scene."
 
 
-def test_stuff_ids_are_each_in_one_class():
+def test_ids_of_stuff_and_context():
     ids = [i for text in data.STUFF.values() for i in data._expand(text)]
     assert sorted(ids) == list(range(182))
+    assert len(data.CONTEXT_IDS) == 60 and data.CONTEXT_IDS == sorted(set(data.CONTEXT_IDS))
     assert (data.STUFF_IDS[182:255] == -1).all() and data.STUFF_IDS[255] == VOID
     for raw, name in {0: "person", 1: "vehicle", 8: "vehicle", 9: "outdoor", 90: "indoor",
                       152: "food stuff", 155: "furniture stuff", 156: "sky", 181: "solid",
                       114: "floor", 178: "water", 94: "building", 93: "plant"}.items():
         assert data.CLASSES["stuff"][data.STUFF_IDS[raw]] == name
-
-
-def test_context_ids():
-    assert len(data.CONTEXT_IDS) == 60 and data.CONTEXT_IDS == sorted(set(data.CONTEXT_IDS))
 
 
 def test_palette_is_vocs():
@@ -88,6 +84,8 @@ def test_palette_is_vocs():
     assert data.palette(20)[19].tolist() == [0, 64, 128]
     assert len(set(map(tuple, data.palette(150).tolist())) - {(0, 0, 0)}) == 150
     assert len(data.CITYSCAPES_PALETTE) == 19
+    assert torch.equal(data.dataset_palette("shapes", 12), data.palette(12))
+    assert torch.equal(data.dataset_palette("shapes", 10), data.SHAPES_PALETTE)
 
 
 def test_parse_classes(tmp_path):
@@ -150,15 +148,10 @@ def test_exif_orientation(tmp_path):
         assert (image[:, : W // 2] > 200).all() and (image[:, W // 2:] < 50).all()
 
 
-def test_no_image(tmp_path):
-    with pytest.raises(UserError, match="no image .*gone.jpg"):
-        data.read_image(tmp_path / "gone.jpg")
-
-
 # data sets ---------------------------------------------------------------------------------------
 
 
-def test_voc(tmp_path):
+def test_voc_and_context(tmp_path):
     tree = voc_tree(tmp_path)
     for root in (tmp_path, tmp_path / "VOCdevkit", tree):
         voc = data.open_dataset("voc", root, "val")
@@ -166,9 +159,6 @@ def test_voc(tmp_path):
         assert voc.image(1).shape == (3, H, W)
         assert first_column(voc.label(0)) == [VOID, 0, 19, VOID, VOID, VOID]
     assert not torch.equal(voc.image(0), voc.image(1))
-
-
-def test_context(tmp_path):
     voc_tree(tmp_path, year="VOC2010", lists="SegmentationContext",
              labels="SegmentationClassContext", label=rows(0, 1, 59))
     context = data.open_dataset("context", tmp_path, "train")
@@ -235,15 +225,12 @@ def test_folder(tmp_path):
 
 
 def test_trees_without_labels_open(tmp_path):
-    tree = voc_tree(tmp_path)
-    os.remove(tree / "SegmentationClass" / "b.png")
+    labels = voc_tree(tmp_path) / "SegmentationClass"
+    (labels / "b.png").unlink()
     voc = data.open_dataset("voc", tmp_path, "val")
-    with pytest.raises(UserError, match=r"1 of 2 labels of voc val are missing, .*b\.png"):
-        voc.has_labels
     with pytest.raises(UserError, match=r"no label for image b .*SegmentationClass.b\.png"):
         voc.label(1)
-    os.remove(tree / "SegmentationClass" / "a.png")
-    os.rmdir(tree / "SegmentationClass")
+    shutil.rmtree(labels)
     voc = data.open_dataset("voc", tmp_path, "val")
     assert not voc.has_labels and voc.image(0).shape == (3, H, W)
 
@@ -417,16 +404,6 @@ def test_draw_seed():
     assert len(seeds) == 27 and all(0 <= s < 1 << 63 for s in seeds)
 
 
-def test_labels_are_never_opened_for_training(tmp_path, monkeypatch):
-    voc_tree(tmp_path)
-    before = views(tmp_path)[0, 0]["view"]
-
-    monkeypatch.setattr(data, "read_label", raising(AssertionError("opened a label")))
-    assert torch.equal(views(tmp_path)[0, 0]["view"], before)
-    voc = data.open_dataset("voc", tmp_path, "val")
-    assert voc.has_labels and voc.image(0).shape == (3, H, W) and voc.size(0) == (H, W)
-
-
 # Pascal Context ----------------------------------------------------------------------------------
 
 
@@ -455,26 +432,31 @@ def test_mat_with_several_variables(tmp_path):
         assert np.array_equal(found["one"], one) and np.array_equal(found["other"], other)
 
 
-def test_mat_skips_what_is_not_numeric_and_refuses_damage(tmp_path):
+@pytest.mark.parametrize("compressed", [True, False])
+def test_mat_cut_short(tmp_path, compressed):
     path = tmp_path / "x.mat"
-    array = np.arange(600, dtype=np.uint16).reshape(20, 30)
-    mat_file(path, "text", array, mat_class=4)
+    mat_file(path, "LabelMap", np.arange(600, dtype=np.uint16).reshape(20, 30),
+             compressed=compressed)
+    whole = path.read_bytes()
+    for length in (0, 60, 130, 140, 200, len(whole) // 2, len(whole) - 9):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="cannot read .*x.mat: .*expected a .mat file"):
+            data.read_mat_v5(path)
+
+
+def test_mat_skips_what_is_not_numeric_and_refuses_what_is_foreign(tmp_path):
+    path = tmp_path / "x.mat"
+    mat_file(path, "text", np.arange(600, dtype=np.uint16).reshape(20, 30), mat_class=4)
     assert data.read_mat_v5(path) == {}
-    for compressed in (True, False):
-        mat_file(path, "LabelMap", array, compressed=compressed)
-        whole = path.read_bytes()
-        for length in (0, 60, 130, 140, 200, len(whole) // 2, len(whole) - 9):
-            path.write_bytes(whole[:length])
-            with pytest.raises(UserError, match="cannot read .*x.mat: .*expected a .mat file"):
-                data.read_mat_v5(path)
     mat_file(path, "LabelMap", np.zeros((1 << 13, 1 << 13), dtype=np.uint8))  # a bomb
     with pytest.raises(UserError, match="cut short, or of more than 64 MiB"):
         data.read_mat_v5(path)
     path.write_bytes(b"MATLAB 7.3".ljust(124) + struct.pack("<HH", 0x0200, 0x4D49) + bytes(64))
     with pytest.raises(UserError, match="not a MATLAB 5 file"):
         data.read_mat_v5(path)
+    path.unlink()
     with pytest.raises(UserError, match="no such file"):
-        data.read_mat_v5(tmp_path / "gone.mat")
+        data.read_mat_v5(path)
 
 
 @pytest.fixture
@@ -536,7 +518,7 @@ def test_conversion_without_mats_or_lists(context_tree, tmp_path):
 def test_main_describes_a_data_set(tmp_path, capsys):
     voc_tree(tmp_path)
     out = tmp_path / "sheets" / "voc.png"
-    data.main(["--dataset", "voc", "--data-root", str(tmp_path), "--out", str(out)])
+    run(data.main, "--dataset", "voc", "--data-root", tmp_path, "--out", out)
     said = capsys.readouterr().out
     assert "voc train: 2 images, 2 labels, 20 classes" in said and "height: 6 to 6" in said
     lines = {line[:28].strip(): line[28:].split() for line in said.splitlines()}
@@ -549,16 +531,16 @@ def test_main_describes_a_data_set(tmp_path, capsys):
 def test_main_without_labels_and_with_one_split(tmp_path, capsys):
     for n in range(15):
         photo(tmp_path / f"{n}.jpg", 10 + n, 20)
-    data.main(["--dataset", "folder", "--data-root", str(tmp_path), "--classes", "cat, dog",
-               "--limit", "5", "--out", str(tmp_path / "sheet.png")])
-    said = capsys.readouterr().out
-    assert "folder: 15 images, no labels, 2 classes" in said and "per cent" not in said
     photo(tmp_path / "leftImg8bit" / "val" / "bonn" / "1_leftImg8bit.png")
-    data.main(["--dataset", "cityscapes", "--data-root", str(tmp_path),
-               "--out", str(tmp_path / "sheet.png")])
-    said = capsys.readouterr().out
-    assert "one split cannot be opened: no cityscapes" in said
-    assert "cityscapes val: 1 images, no labels" in said
+    for words, *expected in (
+            (("folder", "--classes", "cat, dog", "--limit", 5),
+             "folder: 16 images, no labels, 2 classes"),
+            (("cityscapes",), "one split cannot be opened: no cityscapes",
+             "cityscapes val: 1 images, no labels")):
+        run(data.main, "--data-root", tmp_path, "--out", tmp_path / "sheets/s.png", "--dataset",
+            *words)
+        said = capsys.readouterr().out
+        assert all(text in said for text in expected) and "per cent" not in said
 
 
 @pytest.mark.parametrize("error, said", [
@@ -597,20 +579,11 @@ def test_fingerprints_tell_images_apart(tmp_path):
 
 
 def test_what_is_wrong_with_a_picture(tmp_path, monkeypatch):
-    path = tmp_path / "large.png"
-    Image.new("L", (90, 60)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    with pytest.raises(UserError, match="large.png: it claims more than 0 million pixels; make it"):
-        data.read_image(path)
-
+    with pytest.raises(UserError, match="no image .*gone.jpg"):
+        data.read_image(tmp_path / "gone.jpg")
     monkeypatch.setattr(Image, "open", raising(PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match="cannot read image .*large.png: Permission denied$"):
-        data.read_image(path)
-
-
-def test_palettes_fit_the_classes():
-    assert torch.equal(data.dataset_palette("shapes", 10), data.SHAPES_PALETTE)
-    assert torch.equal(data.dataset_palette("shapes", 12), data.palette(12))
+        data.read_image(tmp_path / "large.png")
 
 
 def test_light_greys_are_seen_on_a_grey_picture():

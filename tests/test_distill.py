@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.testing import assert_close
 
 import data
 import distill
@@ -91,7 +92,7 @@ def test_plain_backbone_is_torchvisions():
     for name, part in theirs.named_children():
         x = part(x) if name not in ("avgpool", "fc") else x
     assert x.shape == (1, 2048, 9, 7)
-    torch.testing.assert_close(ours(images), x)
+    assert_close(ours(images), x)
 
 
 def full_size(depth, stem):
@@ -144,7 +145,7 @@ def test_the_head_does_with_the_teachers_features_what_the_teacher_does(teachers
     features = reclip.dense_features(teacher.visual, images, teacher.settings.surgery)
     expected = teacher.logits(views)[1]  # on a grid that is not CLIP's own
     logits = student.eval().head(features, (48, 40))
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -156,7 +157,7 @@ def test_heads_of_the_ablations(teachers):
     student, _, views = student_of(teachers["reclip"])
     Z = F.normalize(student(views)[0], dim=1)
     expected = reclip.classify(Z, student.head.Wq) - reclip.classify(Z, student.head.Wr)
-    torch.testing.assert_close(student(views)[1], expected)
+    assert_close(student(views)[1], expected)
 
 
 # ---- The losses --------------------------------------------------------------------------------
@@ -165,8 +166,8 @@ def test_heads_of_the_ablations(teachers):
 def test_upsampling_by_matrices():
     x, y = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 33, 20)
     up = distill.upsample(x, (33, 20))
-    torch.testing.assert_close(up, F.interpolate(x, (33, 20), mode="bilinear"))
-    torch.testing.assert_close((up * y).sum(), (x * distill.to_cells(y, (5, 7))).sum())
+    assert_close(up, F.interpolate(x, (33, 20), mode="bilinear"))
+    assert_close((up * y).sum(), (x * distill.to_cells(y, (5, 7))).sum())
 
 
 @pytest.mark.parametrize("grid", [(6, 5), (4, 3)])
@@ -177,8 +178,8 @@ def test_feature_loss_is_the_distance_between_upsampled_features(grid):
     expected = ((up(Z) - up(Z_hat)).abs().mean(1) * valid).sum() / valid.sum()
     gradient, = torch.autograd.grad(expected, Z_hat)
     loss = distill.feature_loss(Z, Z_hat, valid)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, Z_hat)[0], gradient)
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, Z_hat)[0], gradient)
 
 
 def test_text_loss_pools_pixels():
@@ -190,7 +191,7 @@ def test_text_loss_pools_pixels():
         pooled = (up[0] * (labels[0] == k)).mean((1, 2))
         total += F.cross_entropy(Wq @ pooled / tau, torch.tensor(k)) / 2
     masks = distill.label_masks(labels, 4, (6, 5))
-    torch.testing.assert_close(distill.text_loss(Z_hat, masks, Wq, hypothesis, tau), total / 2)
+    assert_close(distill.text_loss(Z_hat, masks, Wq, hypothesis, tau), total / 2)
 
 
 def test_losses_without_a_pixel_are_zero():
@@ -210,7 +211,7 @@ def test_losses_of_shares_are_those_of_the_whole():
         y, given = labels[parts], () if losses is whole else (count,)
         losses.append(distill.mask_loss(logits[parts], y, *given)
                       + distill.feature_loss(Z[parts], Z_hat[parts], y != VOID, *given))
-    torch.testing.assert_close(sum(shares) / 2, whole[0])
+    assert_close(sum(shares) / 2, whole[0])
 
 
 @pytest.mark.parametrize("name", distill.LOSSES)
@@ -359,8 +360,7 @@ def test_views_are_asked_about_once(teachers, teach, tmp_path, monkeypatch, caps
         assert np.array_equal(records["view"][k, i], item["view"])
         assert records["size"][k, i].tolist() == item["size"].tolist()
         assert (records["labels"][k, i] == labels[0].numpy()).mean() > 0.99
-        torch.testing.assert_close(torch.from_numpy(records["Z"][k, i]).float(), Z[0], rtol=2e-3,
-                                   atol=2e-3)
+        assert_close(torch.from_numpy(records["Z"][k, i]).float(), Z[0], rtol=2e-3, atol=2e-3)
     monkeypatch.setattr(distill, "teach", None)  # another run asks nothing
     assert same(expected["state"], teach("b", *options)["state"])
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 import data
 import evaluate
@@ -138,7 +139,7 @@ def test_sliding_windows_average_what_covers_a_pixel(checkpoint):
             total[:, :, top : top + 48, left : left + 48] += part
             count[top : top + 48, left : left + 48] += 1
         assert count.min() == 1 and count.max() == 4
-        torch.testing.assert_close(slid[name], total / count)
+        assert_close(slid[name], total / count)
 
 
 def test_prompt_denoising_touches_the_rectified_stage_alone(checkpoint):

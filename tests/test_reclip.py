@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as TF
 
 import clip
@@ -38,9 +39,9 @@ def pictures(*shape):
 def test_attention_restored_is_stock_clip(model, monkeypatch):
     images = pictures(2, 3, 64, 64)
     stock = F.normalize(model.encode_image(images), dim=-1)
-    torch.testing.assert_close(global_feature(model.visual, images), stock, atol=1e-4, rtol=0)
+    assert_close(global_feature(model.visual, images), stock, atol=1e-4, rtol=0)
     monkeypatch.setattr(reclip, "norm", lambda layer, x: layer(x))  # CLIP's own epsilon
-    torch.testing.assert_close(global_feature(model.visual, images), stock, atol=1e-6, rtol=0)
+    assert_close(global_feature(model.visual, images), stock, atol=1e-6, rtol=0)
 
 
 def test_surgery_value_is_two_convolutions_and_program_is_more(model):
@@ -53,7 +54,7 @@ def test_surgery_value_is_two_convolutions_and_program_is_more(model):
     expected = (model.visual.ln_post(v) @ model.visual.proj).mT.reshape(2, 32, 4, 3)
     value = dense_features(model.visual, images, "value")
     assert grid == (4, 3)
-    torch.testing.assert_close(value, expected)
+    assert_close(value, expected)
     assert (dense_features(model.visual, images, "program") - value).abs().mean() > 0.1
 
 
@@ -63,7 +64,7 @@ def test_images_are_padded_right_and_bottom_to_whole_patches(model):
     padded[:, :, :40, :52] = images
     Z = dense_features(model.visual, images)
     assert Z.shape == (2, 32, 3, 4)
-    torch.testing.assert_close(Z, dense_features(model.visual, padded))
+    assert_close(Z, dense_features(model.visual, padded))
 
 
 def test_the_callers_clip_is_not_changed():
@@ -87,14 +88,13 @@ def test_query_is_the_mean_of_unit_features(model):
         mean = sum(f / f.norm() for f in features) / len(features)
         expected.append(mean / mean.norm())
     actual = query_features(model, list(NAMES), templates, batch=5)
-    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-5, rtol=0)
+    assert_close(actual, torch.stack(expected), atol=1e-5, rtol=0)
 
 
 # ---- Reference ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [list(NAMES), *([name] for name in NAMES)],
-                         ids=", ".join)
+@pytest.mark.parametrize("names", [list(NAMES), *([name] for name in NAMES)], ids=", ".join)
 def test_shared_prefix_equals_all_77_positions_of_each_class(names):
     model = random_clip(transformer_width=128, transformer_heads=2, transformer_layers=3)
     reference = Reference(model, names)
@@ -112,7 +112,7 @@ def test_shared_prefix_equals_all_77_positions_of_each_class(names):
     assert (ours - plain).abs().max() < 1e-5 * max(1, plain.abs().max())
     assert (gradient - plain_gradient).abs().max() < 1e-5 * plain_gradient.abs().max()
     assert plain_gradient.abs().amin(0).max() > 0  # every learned word matters
-    torch.testing.assert_close(reference(model), plain / plain.norm(), atol=1e-5, rtol=0)
+    assert_close(reference(model), plain / plain.norm(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("longest, L", [(1, 73), (2, 73), (3, 72), (5, 70), (73, 2), (74, 1)])
@@ -180,7 +180,7 @@ def test_gumbel_masks_are_one_hot_with_the_gradient_of_a_softmax():
     assert torch.equal(masks, expected)
     (gradient,) = torch.autograd.grad((masks * weights).sum(), logits)
     soft = ((logits / 0.5 + noise).softmax(1) * weights).sum()
-    torch.testing.assert_close(gradient, torch.autograd.grad(soft, logits)[0])
+    assert_close(gradient, torch.autograd.grad(soft, logits)[0])
 
 
 def test_gumbel_noise_depends_on_the_seed_alone():
@@ -342,7 +342,7 @@ def test_global_scores_are_cosines(tiny_clip):
     Wq = query_features(tiny_clip, images.classes, ["a photo of a {}."])
     expected = 100 * torch.cosine_similarity(global_feature(tiny_clip.visual, view), Wq)
     scores = reclip.global_scores(tiny_clip, images.image(3), Wq, scale)
-    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
+    assert_close(scores, expected, atol=1e-3, rtol=0)
 
 
 def test_crop_votes_one_at_a_time(tiny_clip):

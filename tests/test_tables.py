@@ -125,8 +125,7 @@ def test_means_and_marks_of_the_papers_numbers(few, tmp_path):
         (52, None, 1), (43, None, 1), (61, None, 1)]
 
 
-def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path,
-                                                        capsys):
+def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path, capsys):
     """Only what was evaluated in the way of the recipe, on the validation images, counts."""
     checkpoint = ("--checkpoint", trained_demo / "reclip.pt", "--out", tmp_path)
     usual = run(evaluate.main, *checkpoint, "--bias")

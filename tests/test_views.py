@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import reclip
 from conftest import learned, results, same
@@ -32,7 +33,7 @@ def test_as_many_views_as_epochs_are_fresh_views(demo):
     features = np.load(fixed / "views.npy")["features"]
     assert features.shape == (3, 24, 64, 12, 12) and features.dtype == np.float16
     for name, value in learned(fresh)["state"].items():  # apart by float16 alone
-        torch.testing.assert_close(learned(fixed)["state"][name], value, atol=2e-3, rtol=2e-2)
+        assert_close(learned(fixed)["state"][name], value, atol=2e-3, rtol=2e-2)
     assert np.array_equal(np.load(two / "views.npy")["features"], features[:2])
     assert not same(learned(two)["state"], learned(fixed)["state"])
 
@@ -102,11 +103,11 @@ def test_a_learned_query_moves_and_is_what_is_evaluated(demo):
     with torch.no_grad():
         # at first it is the plain prompt "a photo of a NAME"
         prompts = reclip.query_features(model, classes, ["a photo of a {}"])
-        torch.testing.assert_close(start(model), prompts, atol=1e-5, rtol=0)
+        assert_close(start(model), prompts, atol=1e-5, rtol=0)
         assert (Wq - prompts).abs().max() > 1e-3
         start.load_state_dict({k.removeprefix("query."): v for k, v in checkpoint["state"].items()
                                if k.startswith("query.")})
-        torch.testing.assert_close(start(model), Wq, atol=1e-6, rtol=0)
+        assert_close(start(model), Wq, atol=1e-6, rtol=0)
 
 
 def test_wr_by_row_or_by_matrix(demo):
@@ -121,4 +122,4 @@ def test_cosine_pooling_by_hand():
     Z = torch.tensor([[[[0.6, 0.0]], [[0.8, 1.0]]]])
     Wq = torch.eye(2)
     expected = torch.tensor([[[0.6, 0.8], [0.0, 1.0]]])
-    torch.testing.assert_close(reclip.cosine_pooling(masks, Z, Wq), expected)
+    assert_close(reclip.cosine_pooling(masks, Z, Wq), expected)

@@ -230,8 +230,22 @@ CASES = [
         "--clip nowhere.pt": "'nowhere.pt' is neither a file nor a model; models: RN50",
         f"{NAMED} --clip good/2011_000003.jpg": "not a readable file",
         f"{NAMED} --clip run/reclip.pt": "run/reclip.pt: not a state dict"}),
-    (f"reclip {VOC} --clip clip.pt", "1 of the 1 images in voc",
-     dict.fromkeys(SPLITS, b"../../../../good/2011_000003\n")),
+    *((f"reclip --dataset {name} --data-root empty",
+       f"no {name} in empty: expected empty/{path}; see README, Data sets", {})
+      for name, path in {
+        "voc": "VOCdevkit/VOC2012/JPEGImages", "ade": "ADEChallengeData2016/images/training",
+        "context": "VOCdevkit/VOC2010/JPEGImages", "stuff": "images/train2017",
+        "cityscapes": "leftImg8bit/train"}.items()),
+    ("reclip --dataset cityscapes --data-root city",
+     "no images of cityscapes train in city/leftImg8bit/train; expected ID_leftImg8bit.png",
+     {"city/leftImg8bit/train/notes.txt": b""}),
+    *((f"reclip {VOC} --clip clip.pt", message, dict.fromkeys(SPLITS, content))
+      for content, message in {
+        b"../../../../good/2011_000003\n": "1 of the 1 images in voc",
+        b"2011_000003\n0\n": f"1 of the 2 images in {SPLITS[0]} are missing, the first ",
+        b"2011_000003\n2011_000003\n": "train.txt lists 2011_000003 twice",
+        b"\n": f"no images of voc train in {SPLITS[0]}",
+        None: f"cannot read the list of images {SPLITS[0]}: no such file"}.items()),
     (f"reclip {VOC} {MASKCLIP}", "no voc in voc: expected",
      {"voc/VOCdevkit/VOC2012/JPEGImages": b"no folder"}),
     # CLIP files
@@ -358,6 +372,15 @@ CASES = [
                     "--method maskclip: this checkpoint has only distilled"}),
     *each("evaluate --images good --method maskclip", {
         "--classes 'a, a'": "is repeated", "--classes a --dataset coco": 'no data set "coco"'}),
+    # tables
+    *each("evaluate --tables --out new", {
+        "--dataset folder": "--dataset folder has none", "--dataset coco": 'no data set "coco"',
+        "--checkpoint reclip.pt": "--tables trains what it evaluates",
+        "--slide 64 32 --pd 0": "by the recipe; --slide, --pd cannot go with it",
+        "--split train": "by the recipe; --split cannot go with it",
+        "--seeds 0 1 0": "--seeds 0 1 0: one is repeated"}),
+    (f"evaluate --tables --out new {VOC}", "voc has none in its train split",
+     {"voc/VOCdevkit/VOC2012/SegmentationClass": None}),
     # distillation
     ("distill --teacher run", "run is not a checkpoint", {}),
     *among(BOMBS | SCRIPTS, "distill --teacher VALUE", "VALUE is not a checkpoint"),

@@ -17,7 +17,6 @@ from data import VOID, UserError
 
 # ---- Teachers and students, small --------------------------------------------------------------
 
-
 @pytest.fixture(scope="module", autouse=True)
 def small_recipe():
     """The recipe of VOC at the size of the test's images, and a student of one-block stages."""
@@ -80,7 +79,6 @@ def student_of(teacher, *options):
 
 # ---- DeepLabV2 ---------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def test_plain_backbone_is_torchvisions():
     torch.manual_seed(0)
@@ -135,7 +133,6 @@ def test_published_layouts_load(depth, stem, tmp_path):
 
 # ---- The inherited head ------------------------------------------------------------------------
 
-
 @torch.no_grad()
 @pytest.mark.parametrize("method, kind", [("reclip++", "inherit"), ("reclip", "query+bias"),
                                           ("maskclip", "inherit")])
@@ -161,7 +158,6 @@ def test_heads_of_the_ablations(teachers):
 
 
 # ---- The losses --------------------------------------------------------------------------------
-
 
 def test_upsampling_by_matrices():
     x, y = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 33, 20)
@@ -236,7 +232,6 @@ def test_every_loss_reaches_the_backbone_and_nothing_inherited(teachers, name):
 
 # ---- The teacher's labels ----------------------------------------------------------------------
 
-
 def test_padding_and_uncertain_pixels_are_ignored(teachers):
     _, teacher, views = student_of(teachers["reclip++"])
     sizes = torch.tensor([[48, 40], [30, 40], [48, 11], [1, 1]])
@@ -274,7 +269,6 @@ def test_void_follows_the_view():
 
 
 # ---- Training ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("method", ["reclip++", "reclip", "maskclip"])
 def test_training(teachers, teach, method, tmp_path, monkeypatch):
@@ -378,7 +372,6 @@ def test_newest_teacher(teachers, tmp_path):
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("change, message", [
     (None, "no checkpoint"), (dict(finished=False), "is not finished; repeat"),

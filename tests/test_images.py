@@ -171,10 +171,3 @@ def test_images_are_not_kept(predict, monkeypatch):
 
     monkeypatch.setattr(evaluate, "read_image", counted)
     assert len(predict("in")) == 20 and max(alive) <= 2
-
-
-def test_large_label_maps_go_class_by_class():
-    logits = torch.randn(1, 6, 4, 4, generator=torch.Generator().manual_seed(0))
-    size = (3000, 4000)  # 12 million pixels: five classes at once, then one
-    whole = evaluate.label_map(logits, (64, 64), (64, 64), size)
-    assert torch.equal(whole, evaluate.label_map(logits, (64, 64), (64, 64), size, 6))

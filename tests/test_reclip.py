@@ -35,7 +35,6 @@ def pictures(*shape):
 
 # ---- Dense features ----------------------------------------------------------------------------
 
-
 def test_attention_restored_is_stock_clip(model, monkeypatch):
     images = pictures(2, 3, 64, 64)
     stock = F.normalize(model.encode_image(images), dim=-1)
@@ -93,7 +92,6 @@ def test_query_is_the_mean_of_unit_features(model):
 
 # ---- Reference ---------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("names", [list(NAMES), *([name] for name in NAMES)], ids=", ".join)
 def test_shared_prefix_equals_all_77_positions_of_each_class(names):
     model = random_clip(transformer_width=128, transformer_heads=2, transformer_layers=3)
@@ -134,7 +132,6 @@ def test_a_name_without_room_for_a_prompt(model, tokens):
 
 
 # ---- Bias, masks, loss -------------------------------------------------------------------------
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", ["independent", "joint", "reference", "none"])
@@ -231,7 +228,6 @@ def test_bf16_matrices_change_nothing_under_autocast(preset, surgery):
 
 
 # ---- Hypotheses --------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("r, steps", [(1 / 6, 11), (1 / 2, 3), (1, 1), (0.95, 2), (0.8, 2),
                                       (0.3, 6), (0.22, 9)])
@@ -368,7 +364,6 @@ def test_votes_of_bf16_features_are_compared_in_float32():
 
 
 # ---- Recipes and training ----------------------------------------------------------------------
-
 
 def test_recipes():
     """Rows of the published tables, typed in a second time."""

@@ -195,22 +195,3 @@ def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, cap
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1
     assert said.startswith(f"error: {tmp_path}/global-0/reclip.pt was made with other settings")
-
-
-def test_mistakes(voc_root, capsys, tmp_path):
-    for path in voc_root.rglob("SegmentationClass/*.png"):
-        path.unlink()
-    for words, message in [
-        (("--dataset", "voc", "--data-root", voc_root), "voc has none in its train split"),
-        (("--dataset", "folder"), "--dataset folder has none"),
-        (("--dataset", "coco"), 'no data set "coco"'),
-        (("--checkpoint", "reclip.pt"), "--tables trains what it evaluates"),
-        (("--slide", 64, 32, "--pd", 0), "by the recipe; --slide, --pd cannot go with it"),
-        (("--split", "train"), "by the recipe; --split cannot go with it"),
-        (("--seeds", 0, 1, 0), "--seeds 0 1 0: one is repeated"),
-    ]:
-        with pytest.raises(SystemExit) as end:
-            run(evaluate.main, "--tables", "--out", tmp_path / "out", *words)
-        said = capsys.readouterr().err
-        assert end.value.code == 2 and message in said and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()

@@ -143,31 +143,22 @@ def test_maskclip_without_a_checkpoint(predict, photos, clip_file, trained_demo)
                    checkpoint=None)[0]["areas"] == areas
 
 
-def test_results_lie_beside_the_checkpoint_and_appear_line_by_line(trained_demo, tmp_path,
-                                                                   monkeypatch):
-    for name in "abc":
-        picture(tmp_path / "in" / f"{name}.png")
+def test_results_lie_beside_the_checkpoint_appear_one_by_one_and_images_are_not_kept(
+        trained_demo, tmp_path, monkeypatch):
+    for n in range(20):
+        picture(tmp_path / "in" / f"{n}.png")
     shutil.copy(trained_demo / "reclip.pt", tmp_path)
-    part, seen = tmp_path / "predictions" / "predictions.jsonl.part", []
-    read = evaluate.read_image
-    monkeypatch.setattr(evaluate, "read_image", lambda path: (
-        seen.append(len(part.read_text().splitlines())), read(path))[1])
-    run(evaluate.main, "--checkpoint", tmp_path / "reclip.pt", "--images", tmp_path / "in")
-    assert seen == [0, 1, 2] and not part.exists()
-    assert len((tmp_path / "predictions" / "predictions.jsonl").read_text().splitlines()) == 3
-
-
-def test_images_are_not_kept(predict, monkeypatch):
-    picture("in/0.png")
-    for i in range(1, 20):
-        shutil.copy("in/0.png", f"in/{i}.png")
-    read, images, alive = evaluate.read_image, [], []
+    part = tmp_path / "predictions" / "predictions.jsonl.part"
+    read, images, alive, seen = evaluate.read_image, [], [], []
 
     def counted(path):
+        seen.append(len(part.read_text().splitlines()))
         alive.append(sum(image() is not None for image in images))
         image = read(path)
         images.append(weakref.ref(image))
         return image
 
     monkeypatch.setattr(evaluate, "read_image", counted)
-    assert len(predict("in")) == 20 and max(alive) <= 2
+    run(evaluate.main, "--checkpoint", tmp_path / "reclip.pt", "--images", tmp_path / "in")
+    assert seen == list(range(20)) and not part.exists() and max(alive) <= 2
+    assert len((tmp_path / "predictions" / "predictions.jsonl").read_text().splitlines()) == 20

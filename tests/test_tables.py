@@ -16,6 +16,7 @@ import reclip
 from conftest import few_tables, run
 from evaluate import all_runs, collect, command, direction, markdown
 
+
 @pytest.fixture
 def few(monkeypatch, small_demo):
     few_tables(monkeypatch)

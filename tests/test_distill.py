@@ -246,21 +246,16 @@ def test_padding_and_uncertain_pixels_are_ignored(teachers):
     assert len(distill.teach(teacher, views[:1], sizes[:1], pd=1.0)[1].unique()) == 1
 
 
-def test_void_follows_the_view():
-    class Dataset:  # its images show what its labels leave out
-        ids = ["a", "b"]
+def test_void_follows_the_view(monkeypatch):
+    def label(index):
+        coins = torch.rand(9, 14, generator=torch.Generator().manual_seed(index)) > 0.5
+        return torch.where(coins, VOID, 3).repeat_interleave(6, 0).repeat_interleave(6, 1)
 
-        def __len__(self):
-            return 2
-
-        def label(self, index):
-            coins = torch.rand(9, 14, generator=torch.Generator().manual_seed(index)) > 0.5
-            return torch.where(coins, VOID, 3).repeat_interleave(6, 0).repeat_interleave(6, 1)
-
-        def image(self, index):
-            return (self.label(index) == VOID).to(torch.uint8).mul(255).expand(3, -1, -1)
-
-    views = distill.ViewsWithGroundTruthVoid(Dataset(), (60, 60), 40, (0.5, 2.0), False, 5)
+    dataset = data.open_dataset("shapes")
+    monkeypatch.setattr(dataset, "label", label)  # images show what labels leave out
+    monkeypatch.setattr(dataset, "image", lambda index: (
+        (label(index) == VOID).to(torch.uint8).mul(255).expand(3, -1, -1)))
+    views = distill.ViewsWithGroundTruthVoid(dataset, (60, 60), 40, (0.5, 2.0), False, 5)
     for epoch in range(8):
         item = views[epoch, epoch % 2]
         assert torch.equal(item["void"], item["view"][0] > 127)

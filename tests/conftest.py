@@ -1,27 +1,36 @@
-"""What several test files share: small CLIPs of random weights, small data sets, commands."""
+"""What several test files share: recorded values, small CLIPs, small data sets, commands.
+
+The environment variable GOLDEN names another folder with the files of golden/.
+"""
 
 import functools
 import gc
+import gzip
+import json
 import os
 import shutil
 import socket
+import struct
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL = Path(__file__).with_name("real")  # three photographs in VOC's layout, one in Cityscapes'
+GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).with_name("golden")))
 sys.path.insert(0, str(REPOSITORY))
 
 import data  # noqa: E402
 import distill  # noqa: E402
 import evaluate  # noqa: E402
 import reclip  # noqa: E402
-from clip.model import CLIP  # noqa: E402
-
+from clip.model import CLIP, build_model  # noqa: E402
 
 LONG = bool(os.environ.get("RECLIP_LONG"))  # run the long forms of test_fuzz and test_worst_day
 
@@ -59,6 +68,46 @@ def offline(monkeypatch):
         return look_up(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", local)
+
+
+# ---- Values ------------------------------------------------------------------------------------
+
+
+def golden(name):
+    """The recorded dictionary; its state dicts are float16, which .float() restores exactly."""
+    with gzip.open(GOLDEN / f"{name}.pt.gz") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def golden_clip():
+    """The CLIP and the dictionary of golden's clip_vit and dense, and their dense features."""
+    recorded = golden("dense")
+    model = build_model(golden("clip_vit")["state_dict"]).requires_grad_(False)
+    return model, recorded, reclip.dense_features(model.visual, recorded["images"])
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def same(a, b):
+    """Whether two nested structures of tensors and plain values are equal, bit for bit."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def raising(error):
+    """A function that raises an error, whatever it is called with."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
 
 
 # ---- CLIP --------------------------------------------------------------------------------------
@@ -105,7 +154,46 @@ def tiny_clip():
     return reclip.load_clip("shapes-tiny")
 
 
+class Bomb:
+    """Pickled, an order to make a file named `ran` in the working directory."""
+
+    def __reduce__(self):
+        return exec, ("open('ran', 'w').write('code')",)
+
+
 # ---- Data --------------------------------------------------------------------------------------
+
+
+def save(path, pixels, mode=None):
+    """Write a picture file; label maps with mode "P" get a palette, as VOC's have."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, dtype=np.uint8))
+    if mode == "P":
+        image.putpalette(list(range(255, -1, -1)) * 3)
+    image.save(path)
+
+
+def mat_element(order, kind, content):
+    """An element of a MAT 5 file: small ones packed into eight bytes, others padded."""
+    if 0 < len(content) <= 4:
+        words = (len(content) << 16 | kind,)
+        return struct.pack(order + "I", *words) + content.ljust(4, b"\0")
+    return struct.pack(order + "II", kind, len(content)) + content + b"\0" * (-len(content) % 8)
+
+
+def mat_file(path, name, array, order="<", compressed=True, stored=None, mat_class=11):
+    """Write a MATLAB 5 file with one matrix."""
+    stored = stored or {"u1": 2, "u2": 4}[array.dtype.str[1:]]
+    content = array.astype(array.dtype.newbyteorder(order)).tobytes(order="F")
+    body = (mat_element(order, 6, struct.pack(order + "II", mat_class, 0))
+            + mat_element(order, 5, struct.pack(order + f"{array.ndim}i", *array.shape))
+            + mat_element(order, 1, name.encode()) + mat_element(order, stored, content))
+    element = mat_element(order, 14, body)
+    if compressed:
+        squeezed = zlib.compress(element)  # the one kind of element that is not padded
+        element = struct.pack(order + "II", 15, len(squeezed)) + squeezed
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(order + "HH", 0x0100, 0x4D49)
+    path.write_bytes(header + element)
 
 
 @pytest.fixture
@@ -193,21 +281,64 @@ def snapshot(folder):
 
 def run(main, *arguments):
     """A script's main() on the CPU; arguments may be of any type."""
-    return main([str(a) for a in (*arguments, "--device", "cpu")])
+    device = () if main is data.main or "--device" in arguments else ("--device", "cpu")
+    return main([str(a) for a in (*arguments, *device)])
 
 
-def same(a, b):
-    """Whether two nested structures of tensors and plain values are equal, bit for bit."""
-    if torch.is_tensor(a):
-        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+@pytest.fixture
+def demo(small_demo, tmp_path, monkeypatch):
+    """demo(*arguments, out=…) → the folder of a short run of the small demo, every step logged."""
+    monkeypatch.setattr(reclip.Log, "line_due", lambda log, step: True)
+
+    def demo(*arguments, out="run", epochs=2):
+        run(reclip.main, "--out", tmp_path / out, "--epochs", epochs, *arguments)
+        return tmp_path / out
+
+    return demo
+
+
+@pytest.fixture
+def mistake(capsys):
+    """mistake(main, *arguments) → the one line that a command ends with, and exit code 2."""
+
+    def mistake(main, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run(main, *arguments)
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert said.startswith("error: ") and said.count("\n") == 1 and said.endswith("\n"), said
+        return said
+
+    return mistake
+
+
+def interrupt(patch, step):
+    """Training ends abruptly after a step; patch: a MonkeyPatch. Each epoch saves a checkpoint."""
+    log = reclip.Log.step
+
+    def stop(self, number, *args, **kwargs):
+        log(self, number, *args, **kwargs)
+        if number == step:
+            raise KeyboardInterrupt
+
+    patch.setattr(reclip.Log, "step", stop)
+    # as if an epoch took longer than ten seconds
+    patch.setattr(reclip.Run, "due", lambda run, epoch_ends: epoch_ends)
 
 
 def learned(out, name="reclip.pt"):
     """All that training determines of the checkpoint in a run's folder: not paths and machines."""
     checkpoint = reclip.load_checkpoint(out / name)
     return {key: checkpoint[key] for key in ("state", "Wr", "optimizer", "step", "finished")}
+
+
+def results(out):
+    """results.json of a run's folder."""
+    return json.loads((out / "results.json").read_text())
+
+
+def log(out):
+    """log.jsonl of a run's folder, without what depends on the clock."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "waited_s")} for row in rows]

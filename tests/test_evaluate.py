@@ -1,27 +1,28 @@
-"""evaluate.py: scores against plain loops, prompt denoising by hand, whole images and windows."""
+"""evaluate.py against plain loops and by hand: scores, whole images and windows, biases, probes."""
 
-import json
+import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch.testing import assert_close
 
 import data
 import evaluate
 import reclip
-from conftest import run
-from data import VOID, UserError
-from evaluate import (Segmenter, confusion_matrix, grouped_by_size, label_map, prompt_denoising,
-                      scores)
+from conftest import results, run
+from data import VOID, UserError, connected_regions, open_dataset
+from evaluate import (Segmenter, class_preference, class_shares, confusion_by_distance,
+                      confusion_matrix, distance_bins, distance_curve, grouped_by_size, label_map,
+                      linear_probe, prompt_denoising, scores, space_preference)
 
 
 def random_labels(*shape, C=4, void=0.2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(C, shape, generator=generator)
     return labels.masked_fill(torch.rand(shape, generator=generator) < void, VOID)
-
-
-# ---- Scores ------------------------------------------------------------------------------------
 
 
 def confusion_by_loop(prediction, label, C):
@@ -65,19 +66,16 @@ def test_absent_classes_both_ways():
     assert counted["pixel_accuracy"] == result["pixel_accuracy"]
 
 
-# ---- Prompt denoising --------------------------------------------------------------------------
-
-
-def test_prompt_denoising_by_hand():
+@pytest.mark.parametrize("pd, kept", [(0.3, {0, 1, 2}), (0.4, {0, 1}), (0.6, {0}), (0.9, {0}),
+                                      (0, {0, 1, 2}), (None, {0, 1, 2})])
+def test_prompt_denoising_by_hand(pd, kept):
     # Two patches, three classes; softmax over the classes of logits / 0.1.
     probabilities = torch.tensor([[0.70, 0.25, 0.05], [0.10, 0.55, 0.35]])
     logits = (0.1 * probabilities.log()).T.reshape(1, 3, 1, 2)
-    for pd, kept in [(0.3, {0, 1, 2}), (0.4, {0, 1}), (0.6, {0}), (0.9, {0}), (0, {0, 1, 2})]:
-        denoised = prompt_denoising(logits, pd, 0.1)
-        for k in range(3):
-            expected = logits[0, k] if k in kept else torch.full((1, 2), -100.0)
-            assert torch.equal(denoised[0, k], expected), (pd, k)
-    assert prompt_denoising(logits, None, 0.1) is logits
+    denoised = prompt_denoising(logits, pd, 0.1)
+    for k in range(3):
+        expected = logits[0, k] if k in kept else torch.full((1, 2), -100.0)
+        assert torch.equal(denoised[0, k], expected), k
 
 
 def test_prompt_denoising_is_for_each_image_and_keeps_its_best_class():
@@ -86,19 +84,16 @@ def test_prompt_denoising_is_for_each_image_and_keeps_its_best_class():
     assert denoised.flatten(1).tolist() == [[-100, -100, 1], [1, -100, -100]]
 
 
-def test_a_pd_of_one_keeps_what_rounds_to_one_in_float32():
+@pytest.mark.parametrize("ahead, kept", [(18.0, True), (15.0, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pd_of_one_keeps_what_rounds_to_one_in_float32(ahead, kept, dtype):
     # The best of two classes, 0.1·18 ahead: exp(-18) is lost beside 1 in float32, exp(-15) is not.
-    for ahead, kept in [(18.0, True), (15.0, False)]:
-        logits = torch.zeros(1, 3, 1, 2)
-        logits[0, 0, 0, 0] = 3.0  # class 0 is certain, so that it cannot be class 1 that stays
-        logits[0, 1, 0, 1] = 0.1 * ahead
-        for dtype in (torch.float32, torch.float64):
-            denoised = prompt_denoising(logits.to(dtype), 1.0, 0.1)
-            assert (denoised[0, 1, 0, 1] > 0) == kept and denoised[0, 2].max() == -100
-            assert denoised[0, 0, 0, 0] == 3
-
-
-# ---- Label maps --------------------------------------------------------------------------------
+    logits = torch.zeros(1, 3, 1, 2, dtype=dtype)
+    logits[0, 0, 0, 0] = 3.0  # class 0 is certain, so that it cannot be class 1 that stays
+    logits[0, 1, 0, 1] = 0.1 * ahead
+    denoised = prompt_denoising(logits, 1.0, 0.1)
+    assert (denoised[0, 1, 0, 1] > 0) == kept and denoised[0, 2].max() == -100
+    assert denoised[0, 0, 0, 0] == 3
 
 
 @pytest.mark.parametrize("view, size", [((75, 100), (150, 211)), ((75, 100), (75, 100)),
@@ -116,9 +111,8 @@ def test_label_map_is_argmax_of_upsampled_logits(view, size):
 
 
 @pytest.fixture
-def checkpoint(small_demo, tmp_path):
-    run(reclip.main, "--out", tmp_path / "run", "--epochs", 1)
-    return tmp_path / "run" / "reclip.pt"
+def checkpoint(demo):
+    return demo(epochs=1) / "reclip.pt"
 
 
 def views(count, height, width):
@@ -151,33 +145,19 @@ def test_sliding_windows_average_what_covers_a_pixel(checkpoint):
             total[:, :, top : top + 48, left : left + 48] += part
             count[top : top + 48, left : left + 48] += 1
         assert count.min() == 1 and count.max() == 4
-        torch.testing.assert_close(slid[name], total / count)
-
-
-def test_prompt_denoising_touches_the_rectified_stage_alone(checkpoint):
-    images = views(2, 96, 96)
-    plain = Segmenter(checkpoint, "cpu", pd=None)(images, (96, 96))
-    denoised = Segmenter(checkpoint, "cpu", pd=1.0)(images, (96, 96))
-    assert torch.equal(plain["maskclip"], denoised["maskclip"])
-    assert len(denoised["rectified"].unique()) < len(plain["rectified"].unique())
+        assert_close(slid[name], total / count)
 
 
 def test_options_of_the_command(checkpoint):
-    results = {}
-    for options in ((), ("--pd", 0), ("--no-pd",), ("--pd", 1), ("--slide", 48, 24),
-                    ("--split", "train")):
-        results[options] = run(evaluate.main, "--checkpoint", checkpoint, *options)
-    rectified = {options: r["rectified"] for options, r in results.items()}
+    every = ((), ("--pd", 0), ("--no-pd",), ("--pd", 1), ("--slide", 48, 24), ("--split", "train"))
+    found = {options: run(evaluate.main, "--checkpoint", checkpoint, *options) for options in every}
+    rectified = {options: r["rectified"] for options, r in found.items()}
     assert [r["pd"] for r in rectified.values()] == [None, 0, None, 1, None, None]
     plain = rectified[()]["iou"]
     assert rectified["--pd", 0]["iou"] == rectified["--no-pd",]["iou"] == plain
     assert rectified["--pd", 1]["iou"] != plain != rectified["--slide", 48, 24]["iou"]
     assert rectified["--split", "train"]["images"] == 24 and rectified[()]["images"] == 12
-    saved = json.loads((checkpoint.parent / "results.json").read_text())
-    assert saved == results["--split", "train"]  # the last one
-
-
-# ---- Evaluation --------------------------------------------------------------------------------
+    assert results(checkpoint.parent) == found["--split", "train"]  # the last one
 
 
 class Pictures:
@@ -226,13 +206,6 @@ def test_groups_are_full_where_they_can_be():
         assert images.shape[2:] == labels.shape[1:]
 
 
-def test_a_demo_evaluated_one_by_one_is_the_same(checkpoint):
-    together, single = (run(evaluate.main, "--checkpoint", checkpoint, "--batch", batch)
-                        for batch in (12, 1))
-    for name, result in together.items():
-        assert result["miou"] == pytest.approx(single[name]["miou"], abs=0.01)
-
-
 def test_table():
     results = {name: dict(miou=1.0, pixel_accuracy=2.5, iou={"cat": None, "tv monitor": miou})
                for name, miou in (("maskclip", 12.345), ("rectified", 100.0))}
@@ -243,6 +216,210 @@ def test_table():
     assert len({len(line) for line in lines}) == 1
 
 
-def test_newest_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint under .*runs/; run python reclip.py first"):
-        evaluate.newest_checkpoint(tmp_path / "runs")
+# ---- Biases, figures, probes ---------------------------------------------------------------------
+
+
+def flood_fill(label):
+    """Regions of equal label, one after the other, pixel by pixel."""
+    H, W = label.shape
+    objects, count = torch.zeros(H, W, dtype=torch.int64), 0
+    for top in range(H):
+        for left in range(W):
+            if label[top, left] == VOID or objects[top, left]:
+                continue
+            count += 1
+            todo = [(top, left)]
+            while todo:
+                y, x = todo.pop()
+                if not (0 <= y < H and 0 <= x < W) or objects[y, x]:
+                    continue
+                if label[y, x] == label[top, left]:
+                    objects[y, x] = count
+                    todo += [(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    return objects
+
+
+@pytest.mark.parametrize("H, W, C", [(1, 1, 2), (1, 17, 2), (17, 1, 2), (30, 40, 2), (41, 29, 3),
+                                     (60, 60, 9)])
+def test_connected_regions_are_those_of_a_flood_fill(H, W, C):
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        label = torch.randint(C, (H, W), generator=generator)
+        label[torch.rand(H, W, generator=generator) < 0.15 * seed] = VOID
+        assert torch.equal(connected_regions(label), flood_fill(label))
+
+
+def test_connected_regions_that_wind():
+    snake = torch.full((33, 33), VOID)
+    snake[::2] = 5
+    snake[1::4, -1], snake[3::4, 0] = 5, 5
+    for label in (snake, snake.T, snake.flip(0), snake.masked_fill(snake == VOID, 7)):
+        assert torch.equal(connected_regions(label), flood_fill(label))
+    comb = torch.zeros(20, 20, dtype=torch.int64)
+    comb[1:, ::2] = 3  # teeth that meet nowhere
+    comb[19, :] = 3  # and then do
+    assert connected_regions(comb).unique().tolist() == flood_fill(comb).unique().tolist()
+    assert connected_regions(torch.full((4, 5), VOID)).sum() == 0
+
+
+def test_voc_has_instance_masks(voc_root, clip_file, tmp_path):
+    tree = voc_root / "VOCdevkit" / "VOC2012"
+    data = open_dataset("voc", voc_root, "val")
+    assert torch.equal(data.objects(0), connected_regions(data.label(0)))  # there are none yet
+    H, W = data.size(0)
+    mask = Image.new("L", (W, H))
+    mask.paste(1, (0, 0, 100, H))
+    mask.paste(2, (100, 0, 200, H))
+    mask.paste(255, (98, 0, 102, H))
+    folder = tree / "SegmentationObject"
+    folder.mkdir()
+    mask.save(folder / f"{data.ids[0]}.png")
+    objects = open_dataset("voc", voc_root, "val").objects(0)
+    assert objects.unique().tolist() == [0, 1, 2] and objects.dtype == torch.int64
+    assert (objects == 1).sum() == (objects == 2).sum() == 98 * H
+    run(reclip.main, "--dataset", "voc", "--data-root", voc_root, "--clip", clip_file, "--method",
+        "maskclip", "--out", tmp_path / "run", "--workers", 0)
+    result = run(evaluate.main, "--checkpoint", tmp_path / "run" / "reclip.pt", "--bias")
+    assert result["maskclip"]["objects"] == "instance masks"
+    mask.crop((0, 0, 50, H)).save(folder / f"{data.ids[0]}.png")
+    with pytest.raises(UserError, match="instance mask .* is 50×375 pixels, its image 500×375"):
+        open_dataset("voc", voc_root, "val").objects(0)
+    (folder / f"{data.ids[0]}.png").unlink()
+    with pytest.raises(UserError, match="no label .*SegmentationObject"):
+        open_dataset("voc", voc_root, "val").objects(0)
+
+
+def test_class_preference_by_hand():
+    # Rows as shares: 0.6 0.3 0.1 | 0.5 0.25 0.25 | absent | 0 0 0 1
+    confusion = torch.tensor([[6, 3, 1, 0], [4, 2, 2, 0], [0, 0, 0, 0], [0, 0, 0, 7]])
+    expected = ((0.6 - 0.3) + (0.25 - 0.5) + (1 - 0)) / 3
+    assert class_preference(confusion) == pytest.approx(expected)
+    assert class_preference(torch.tensor([[5]])) == 1
+    assert class_preference(torch.tensor([[0, 5], [5, 0]])) == -1
+    assert class_preference(torch.zeros(3, 3, dtype=torch.int64)) is None
+
+
+def test_distance_of_a_centroid_by_hand():
+    # 6×8 pixels: half the diagonal is 5. An object of the pixels (0, 0) and (0, 1) has its centroid
+    # at (0.5, 1), which is (2.5, 3) from the centre (3, 4).
+    label, objects = torch.full((6, 8), VOID), torch.zeros(6, 8, dtype=torch.int64)
+    label[0, :2], objects[0, :2] = 1, 3
+    label[2:4, 3:5], objects[2:4, 3:5] = 0, 9  # in the very centre
+    expected = math.hypot(2.5, 3) / 5  # 0.78
+    for bins in (1, 2, 5, 10, 100):
+        nearest = distance_bins(label, objects, bins)
+        assert (nearest[0, :2] == int(expected * bins)).all() and (nearest[2:4, 3:5] == 0).all()
+        assert (nearest == bins).sum() == 48 - 6
+    # Pixels without a class do not move the centroid, and are in no bin.
+    objects[0, :5] = 3
+    assert torch.equal(distance_bins(label, objects, 100), nearest)
+    assert (distance_bins(label, torch.zeros_like(objects)) == evaluate.BINS).all()
+
+
+def test_curve_and_slope_by_hand():
+    label = torch.tensor([[0, 0, 0, 1], [1, 1, VOID, 2]])
+    prediction = torch.tensor([[0, 0, 1, 1], [1, 0, 2, 0]])
+    nearest = torch.tensor([[0, 0, 0, 0], [2, 2, 3, 2]])
+    confusions = confusion_by_distance(prediction, label, nearest, 3, bins=3)
+    assert confusions.shape == (4, 3, 3)
+    assert torch.equal(confusions.sum(0), confusion_matrix(prediction, label, 3))
+    # Bin 0: class 0 has 2 of 3, class 1 has 1 of 2. Bin 2: class 1 has 1 of 2, class 2 has 0 of 1;
+    # class 0 is predicted there, but no object of it lies there.
+    curve = distance_curve(confusions[:-1])
+    assert curve == pytest.approx([100 * (2 / 3 + 1 / 2) / 2, None, 25])
+    assert space_preference(curve) == pytest.approx((1 / 4 - 7 / 12) / (5 / 6 - 1 / 6))
+    assert space_preference([50, 40, 20, None, 30]) == pytest.approx((-0.5 - 1 + 0.25) / 3)
+    assert space_preference([50, None]) is None
+
+
+def test_bias_of_the_demo(small_demo, trained_demo, tmp_path, capsys):
+    checkpoint = ("--checkpoint", trained_demo / "reclip.pt", "--out", tmp_path)
+    plain = run(evaluate.main, *checkpoint)
+    assert "class-preference" not in capsys.readouterr().out
+    biased = run(evaluate.main, *checkpoint, "--bias")
+    said = capsys.readouterr().out
+    assert "class-preference" in said and "connected regions" in said
+    for name, result in biased.items():
+        assert plain[name].items() <= result.items()  # the same evaluation, and more
+        curve = [part["miou"] for part in result["distance_curve"]]
+        assert result["space_preference"] == pytest.approx(space_preference(curve))
+        assert [p["distance"][0] for p in result["distance_curve"]] == [0, 0.2, 0.4, 0.6, 0.8]
+        val = data.open_dataset("shapes", split="val")
+        counted = sum((val.label(i) != VOID).sum().item() for i in range(len(val)))
+        assert sum(p["pixels"] for p in result["distance_curve"]) == counted
+    # Bias scores stay when the same is evaluated again, and go when something else is.
+    run(evaluate.main, *checkpoint)
+    assert results(tmp_path) == biased
+    run(evaluate.main, *checkpoint, "--pd", 1)
+    assert "class_preference" not in results(tmp_path)["rectified"]
+    assert results(tmp_path)["maskclip"] == biased["maskclip"]
+
+
+def test_figures(small_demo, trained_demo, tmp_path):
+    out = tmp_path / "figures"
+    found = run(evaluate.main, "--checkpoint", trained_demo / "distill.pt", "--figures", "--out",
+                out)
+    assert list(found) == ["maskclip", "rectified", "distilled"]  # reclip.pt lies beside it
+    sizes = {path.name: Image.open(path).size for path in out.glob("*.png")}
+    assert sorted(sizes) == ["comparison.png", "confusion.png", "distance.png", "heatmaps.png"]
+    assert all(850 <= width <= 1000 for width, _ in sizes.values())
+    assert sizes["distance.png"] == (900, 480)
+    assert sizes["heatmaps.png"] == (3 * (3 * 106 - 6 + 18) - 6, 4 * 142)
+    assert sizes["comparison.png"][0] == 5 * (190 + 6) + 6
+    for path in out.glob("*.png"):
+        assert len(Image.open(path).convert("RGB").getcolors(1 << 20)) > 50  # something is drawn
+
+
+def test_figures_of_one_checkpoint(small_demo, trained_demo, tmp_path, capsys):
+    shutil.copy(trained_demo / "distill.pt", tmp_path)
+    found = run(evaluate.main, "--checkpoint", tmp_path / "distill.pt", "--figures")
+    assert list(found) == ["distilled"]
+    assert not (tmp_path / "heatmaps.png").exists() and (tmp_path / "confusion.png").exists()
+    assert "no heatmaps.png: it needs MaskCLIP's masks" in capsys.readouterr().out
+
+
+def test_figures_of_few_classes_and_empty_bins():
+    confusions = {"maskclip": torch.tensor([[3, 1], [0, 0]]), "rectified": torch.eye(2).long()}
+    assert evaluate.confusion_figure(confusions, ["a", "traffic light"]).height > 200
+    evaluate.distance_figure({"maskclip": [None] * 5, "rectified": [0, None, 100, None, None]})
+
+
+def test_class_shares_of_cells():
+    labels = torch.full((1, 5, 6), VOID)
+    labels[0, :2, :2], labels[0, :4, 4:] = 1, 0
+    shares = class_shares(labels, 2, (5, 6), (6, 6), (3, 3))  # cells of 2×2, one row of padding
+    assert torch.equal(shares[0, 1], torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]))
+    assert torch.equal(shares[0, 0], torch.tensor([[0.0, 0, 1], [0, 0, 1], [0, 0, 0]]))
+    large = F.interpolate(labels[None].float(), (15, 18))[0].long()
+    assert torch.equal(class_shares(large, 2, (5, 6), (6, 6), (3, 3)), shares)
+
+
+def test_a_probe_learns_from_the_training_labels(small_demo, trained_demo):
+    train, val = (data.open_dataset("shapes", split=split) for split in ("train", "val"))
+    for name, stages in (("reclip", ["maskclip", "rectified"]), ("distill", ["distilled"])):
+        segment = evaluate.Segmenter(trained_demo / f"{name}.pt")
+        miou = {}
+        for steps in (1, 60):
+            probe = linear_probe(segment, train, torch.device("cpu"), steps=steps)
+            again = linear_probe(segment, train, torch.device("cpu"), steps=steps)
+            found = evaluate.evaluate(probe, val, (96, 96), torch.device("cpu"))
+            assert list(found) == [f"linear_probe_{stage}" for stage in stages]
+            same = evaluate.evaluate(again, val, (96, 96), torch.device("cpu"))
+            assert all(torch.equal(found[key], same[key]) for key in found)
+            miou[steps] = [evaluate.scores(m)["miou"] for m in found.values()]
+        # Ten classes: chance is some 5 %.
+        assert all(learned > 1.3 * first for first, learned in zip(miou[1], miou[60]))
+        assert name == "distill" or min(miou[60]) > 20
+
+
+def test_linear_probe_of_the_command(small_demo, trained_demo, tmp_path, capsys, monkeypatch):
+    probe = evaluate.linear_probe
+    monkeypatch.setattr(evaluate, "linear_probe", lambda *a, **k: probe(*a, **k, steps=5))
+    checkpoint = ("--checkpoint", trained_demo / "reclip.pt")
+    run(evaluate.main, *checkpoint, "--linear-probe", "--out", tmp_path)
+    assert "trained with ground truth" in capsys.readouterr().out
+    found = results(tmp_path)
+    assert list(found) == ["maskclip", "rectified", "linear_probe_maskclip",
+                           "linear_probe_rectified"]
+    for name, result in found.items():
+        assert result.get("trained_with_ground_truth", False) == name.startswith("linear_probe")

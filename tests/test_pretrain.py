@@ -8,6 +8,7 @@ import torch
 import clip
 from clip import pretrain
 from clip.clip import TINY_PATH
+from conftest import same
 from data import COLOURS, SHAPES, TARGET, VOID, WEB, draw_seed, draw_shapes
 
 
@@ -17,7 +18,7 @@ def test_a_picture_depends_on_its_own_seed_alone():
         together = draw_shapes(seeds, **world)
         for i in (0, 5, 11):
             alone = draw_shapes(seeds[i : i + 1], **world)
-            assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together))
+            assert same([a[0] for a in alone], [b[i] for b in together])
         backwards = draw_shapes(seeds[::-1], **world)
         assert all(torch.equal(a.flip(0), b) for a, b in zip(backwards, together))
         assert not torch.equal(together[0][0], together[0][1])
@@ -95,8 +96,8 @@ def test_pretraining_sees_pictures_and_captions_and_no_mask(tmp_path, monkeypatc
         said = capsys.readouterr().out
         assert "step 12/12" in said and "zero-shot accuracy" in said
         states.append(clip.load(str(tmp_path / name), device="cpu")[0].state_dict())
-    first, again = states
-    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    first, again = map(dict, states)
+    assert same(first, again)
     used = first["token_embedding.weight"].abs().sum(1) > 0
     ladybug, unused = clip.tokenize(["ladybug", "xylophone"])[:, 1].tolist()
     assert used[ladybug] and used[0] and not used[unused] and used.sum() < 500

@@ -1,26 +1,24 @@
 """torchrun with two processes gives what one gives: hypotheses, views, training, evaluation."""
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import REPOSITORY, log, results
 
 
 def launch(processes, *argv):
-    """Run a script of ROOT on the demo in one or two processes; its output."""
+    """Run a script of REPOSITORY on the demo in one or two processes; its output."""
     run = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
         "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*run, *map(str, argv)], cwd=ROOT, env=environment, capture_output=True,
-                          text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([*run, *map(str, argv)], cwd=REPOSITORY, env=environment, text=True,
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,9 +48,7 @@ def test_two_processes_make_the_same_files(runs, method):
     assert (one / "hypotheses.jsonl").read_bytes() == (two / "hypotheses.jsonl").read_bytes()
     assert np.array_equal(np.load(one / "views.npy"), np.load(two / "views.npy"))
     assert sorted(path.name for path in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    rows = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            for folder in (one, two)]
-    assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == [10]
+    assert [row["step"] for row in log(one)] == [row["step"] for row in log(two)] == [10]
 
 
 def test_ten_steps_of_reclip_are_those_of_one_process(runs):
@@ -62,18 +58,16 @@ def test_ten_steps_of_reclip_are_those_of_one_process(runs):
     assert max(0.003 * part.abs().max() for part in steps) > 1e-4  # wrong gradients would show
     for name, value in one["state"].items():
         torch.testing.assert_close(two["state"][name], value, atol=1e-5, rtol=1e-5)
-    losses = [json.loads((runs["reclip", n] / "log.jsonl").read_text())["loss"] for n in (1, 2)]
+    losses = [log(runs["reclip", n])[0]["loss"] for n in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_an_evaluation_in_two_processes_counts_each_image_once(runs, tmp_path):
     checkpoint = runs["reclip++", 1] / "reclip.pt"
-    results = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        launch(processes, "evaluate.py", "--checkpoint", checkpoint, "--out", out, "--bias")
-        results.append(json.loads((out / "results.json").read_text()))
-    assert results[0] == results[1] and results[0]["rectified"]["images"] == 250
+    one, two = tmp_path / "1", tmp_path / "2"
+    for out in (one, two):
+        launch(int(out.name), "evaluate.py", "--checkpoint", checkpoint, "--out", out, "--bias")
+    assert results(one) == results(two) and results(one)["rectified"]["images"] == 250
 
 
 def test_a_student_is_taught_by_two_processes(runs, tmp_path):
@@ -84,5 +78,4 @@ def test_a_student_is_taught_by_two_processes(runs, tmp_path):
     checkpoint = torch.load(tmp_path / "distill.pt", weights_only=True)
     assert checkpoint["finished"] and checkpoint["step"] == 10
     assert not any(name.startswith("module.") for name in checkpoint["state"])
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["distilled"]["images"] == 250
+    assert results(tmp_path)["distilled"]["images"] == 250

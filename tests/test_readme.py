@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -10,9 +9,9 @@ import data
 import distill
 import evaluate
 import reclip
-from conftest import run
+from conftest import REPOSITORY, run
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
+README = (REPOSITORY / "README.md").read_text("utf-8")
 MAINS = {"data.py": data.main, "reclip.py": reclip.main, "distill.py": distill.main,
          "evaluate.py": evaluate.main}
 
@@ -68,11 +67,10 @@ def test_the_ten_lines_run(clip_file, photos, tmp_path):
 
 
 def test_what_is_referred_to_is_there():
-    root = Path(__file__).resolve().parents[1]
     for name in re.findall(r"\[[^\]]*\]\(([^)]*)\)", README):  # pictures and files
-        assert (root / name).stat().st_size > 1000, name
+        assert (REPOSITORY / name).stat().st_size > 1000, name
     headings = {heading.lower() for heading in re.findall(r"^#+ (.*)", README, re.M)}
-    for path in root.glob("*.py"):
+    for path in REPOSITORY.glob("*.py"):
         said = " ".join(re.sub(r'["\n]', " ", path.read_text("utf-8")).split())
         for section in re.findall(r"README, ([A-Z][a-z]+(?: [a-z]+)?)", said):
             assert section.lower() in headings, f"{path.name}: README, {section}"

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as TF
 
 import clip
@@ -34,13 +35,12 @@ def pictures(*shape):
 
 # ---- Dense features ----------------------------------------------------------------------------
 
-
 def test_attention_restored_is_stock_clip(model, monkeypatch):
     images = pictures(2, 3, 64, 64)
     stock = F.normalize(model.encode_image(images), dim=-1)
-    torch.testing.assert_close(global_feature(model.visual, images), stock, atol=1e-4, rtol=0)
+    assert_close(global_feature(model.visual, images), stock, atol=1e-4, rtol=0)
     monkeypatch.setattr(reclip, "norm", lambda layer, x: layer(x))  # CLIP's own epsilon
-    torch.testing.assert_close(global_feature(model.visual, images), stock, atol=1e-6, rtol=0)
+    assert_close(global_feature(model.visual, images), stock, atol=1e-6, rtol=0)
 
 
 def test_surgery_value_is_two_convolutions_and_program_is_more(model):
@@ -53,7 +53,7 @@ def test_surgery_value_is_two_convolutions_and_program_is_more(model):
     expected = (model.visual.ln_post(v) @ model.visual.proj).mT.reshape(2, 32, 4, 3)
     value = dense_features(model.visual, images, "value")
     assert grid == (4, 3)
-    torch.testing.assert_close(value, expected)
+    assert_close(value, expected)
     assert (dense_features(model.visual, images, "program") - value).abs().mean() > 0.1
 
 
@@ -63,7 +63,7 @@ def test_images_are_padded_right_and_bottom_to_whole_patches(model):
     padded[:, :, :40, :52] = images
     Z = dense_features(model.visual, images)
     assert Z.shape == (2, 32, 3, 4)
-    torch.testing.assert_close(Z, dense_features(model.visual, padded))
+    assert_close(Z, dense_features(model.visual, padded))
 
 
 def test_the_callers_clip_is_not_changed():
@@ -87,14 +87,12 @@ def test_query_is_the_mean_of_unit_features(model):
         mean = sum(f / f.norm() for f in features) / len(features)
         expected.append(mean / mean.norm())
     actual = query_features(model, list(NAMES), templates, batch=5)
-    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-5, rtol=0)
+    assert_close(actual, torch.stack(expected), atol=1e-5, rtol=0)
 
 
 # ---- Reference ---------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("names", [list(NAMES), *([name] for name in NAMES)],
-                         ids=", ".join)
+@pytest.mark.parametrize("names", [list(NAMES), *([name] for name in NAMES)], ids=", ".join)
 def test_shared_prefix_equals_all_77_positions_of_each_class(names):
     model = random_clip(transformer_width=128, transformer_heads=2, transformer_layers=3)
     reference = Reference(model, names)
@@ -112,7 +110,7 @@ def test_shared_prefix_equals_all_77_positions_of_each_class(names):
     assert (ours - plain).abs().max() < 1e-5 * max(1, plain.abs().max())
     assert (gradient - plain_gradient).abs().max() < 1e-5 * plain_gradient.abs().max()
     assert plain_gradient.abs().amin(0).max() > 0  # every learned word matters
-    torch.testing.assert_close(reference(model), plain / plain.norm(), atol=1e-5, rtol=0)
+    assert_close(reference(model), plain / plain.norm(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("longest, L", [(1, 73), (2, 73), (3, 72), (5, 70), (73, 2), (74, 1)])
@@ -135,29 +133,28 @@ def test_a_name_without_room_for_a_prompt(model, tokens):
 
 # ---- Bias, masks, loss -------------------------------------------------------------------------
 
-
 @torch.no_grad()
-def test_rectified_logits_by_hand(model):
+@pytest.mark.parametrize("bias", ["independent", "joint", "reference", "none"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_rectified_logits_by_hand(model, bias, sign):
     """Mb and M of both versions, patch by patch."""
     torch.manual_seed(0)
     C, D, h, w = 3, 32, 2, 3
     Z, p = F.normalize(torch.randn(2, D, h, w), dim=1), torch.randn(1, 64, h, w)
     Wq, Wr = torch.randn(C, D), torch.randn(C, D)
-    for bias in ("independent", "joint", "reference", "none"):
-        for sign in (-1, 1):
-            rectifier = Rectifier(model, ["a", "b", "c"], Wq, bias, False, sign).eval()
-            Mq, M = rectifier(Z, p, Wr)
-            for b, i, j, k in torch.cartesian_prod(*map(torch.arange, (2, h, w, C))).tolist():
-                Mb = 0
-                if bias == "independent":
-                    conv = rectifier.position
-                    Mb = (conv.weight[:, :, 0, 0] @ p[0, :, i, j] + conv.bias) @ Wr[k]
-                elif bias != "none":
-                    Mb = Z[b, :, i, j] @ Wr[k]
-                    Mb = Mb + rectifier.position(p)[0, k, i, j] if bias == "joint" else Mb
-                query = Z[b, :, i, j] @ Wq[k]
-                assert Mq[b, k, i, j].item() == pytest.approx(query.item(), abs=1e-5)
-                assert M[b, k, i, j].item() == pytest.approx(float(query + sign * Mb), abs=1e-5)
+    rectifier = Rectifier(model, ["a", "b", "c"], Wq, bias, False, sign).eval()
+    Mq, M = rectifier(Z, p, Wr)
+    for b, i, j, k in torch.cartesian_prod(*map(torch.arange, (2, h, w, C))).tolist():
+        Mb = 0
+        if bias == "independent":
+            conv = rectifier.position
+            Mb = (conv.weight[:, :, 0, 0] @ p[0, :, i, j] + conv.bias) @ Wr[k]
+        elif bias != "none":
+            Mb = Z[b, :, i, j] @ Wr[k]
+            Mb = Mb + rectifier.position(p)[0, k, i, j] if bias == "joint" else Mb
+        query = Z[b, :, i, j] @ Wq[k]
+        assert Mq[b, k, i, j].item() == pytest.approx(query.item(), abs=1e-5)
+        assert M[b, k, i, j].item() == pytest.approx(float(query + sign * Mb), abs=1e-5)
 
 
 def test_decoder_sees_features_and_logits_of_a_5x5_neighbourhood():
@@ -180,7 +177,7 @@ def test_gumbel_masks_are_one_hot_with_the_gradient_of_a_softmax():
     assert torch.equal(masks, expected)
     (gradient,) = torch.autograd.grad((masks * weights).sum(), logits)
     soft = ((logits / 0.5 + noise).softmax(1) * weights).sum()
-    torch.testing.assert_close(gradient, torch.autograd.grad(soft, logits)[0])
+    assert_close(gradient, torch.autograd.grad(soft, logits)[0])
 
 
 def test_gumbel_noise_depends_on_the_seed_alone():
@@ -199,12 +196,9 @@ def test_masked_pooling_divides_by_all_patches():
     masks, features = pictures(2, 3, 4, 5), pictures(2, 6, 4, 5)
     pooled = masked_pooling(masks, features)
     assert pooled.shape == (2, 3, 6)
-    for b in range(2):
-        for c in range(3):
-            for k in range(6):
-                total = sum(masks[b, c, i, j] * features[b, k, i, j]
-                            for i in range(4) for j in range(5))
-                assert pooled[b, c, k].item() == pytest.approx(total.item() / 20, abs=1e-6)
+    for b, c, k in torch.cartesian_prod(*map(torch.arange, pooled.shape)).tolist():
+        total = sum(masks[b, c, i, j] * features[b, k, i, j] for i in range(4) for j in range(5))
+        assert pooled[b, c, k].item() == pytest.approx(total.item() / 20, abs=1e-6)
 
 
 @pytest.mark.parametrize("hypothesis", [
@@ -235,31 +229,20 @@ def test_bf16_matrices_change_nothing_under_autocast(preset, surgery):
 
 # ---- Hypotheses --------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("r, steps", [(1 / 6, 11), (1 / 2, 3), (1, 1)])
-@pytest.mark.parametrize("H, W", [(375, 500), (96, 96), (338, 501)])
+@pytest.mark.parametrize("r, steps", [(1 / 6, 11), (1 / 2, 3), (1, 1), (0.95, 2), (0.8, 2),
+                                      (0.3, 6), (0.22, 9)])
+@pytest.mark.parametrize("H, W", [(375, 500), (96, 96), (338, 501), (400, 500)])
 def test_windows_overlap_by_half_and_cover_the_image(r, steps, H, W):
     windows = crop_windows(H, W, r)
     assert len(windows) == len(set(windows)) == steps**2
-    covered = torch.zeros(H, W, dtype=torch.bool)
-    for top, left, height, width in windows:
-        assert (height, width) == (round(r * H), round(r * W))
-        assert 0 <= top <= H - height and 0 <= left <= W - width
-        covered[top : top + height, left : left + width] = True
-    assert covered.all()
-    for starts, side in (({t for t, *_ in windows}, H), ({l for _, l, *_ in windows}, W)):
-        starts = sorted(starts)
-        assert all(abs(b - a - r * side / 2) <= 1 for a, b in zip(starts, starts[1:]))
-
-
-@pytest.mark.parametrize("r, steps", [(0.95, 2), (0.8, 2), (0.3, 6), (0.22, 9)])
-def test_windows_of_any_size_reach_both_ends(r, steps):
-    windows = crop_windows(400, 500, r)
-    assert len(windows) == len(set(windows)) == steps**2
-    for starts, side in (({t for t, *_ in windows}, 400), ({l for _, l, *_ in windows}, 500)):
-        starts = sorted(starts)
-        assert starts[0] == 0 and starts[-1] == side - round(r * side)
-        assert all(b - a <= r * side / 2 + 1 for a, b in zip(starts, starts[1:]))
+    assert {window[2:] for window in windows} == {(round(r * H), round(r * W))}
+    for axis, side in enumerate((H, W)):
+        starts = sorted({window[axis] for window in windows})
+        assert len(starts) == steps and starts[0] == 0 and starts[-1] == side - round(r * side)
+        distances = [b - a for a, b in zip(starts, starts[1:])]
+        assert all(d <= r * side / 2 + 1 for d in distances)  # so no pixel is left out
+        if (1 / r).is_integer():
+            assert all(d >= r * side / 2 - 1 for d in distances)
 
 
 def test_crops_are_clips_view_of_the_windows():
@@ -285,7 +268,7 @@ def test_global_hypothesis_by_hand():
 
 
 @pytest.fixture
-def demo(small_demo, tiny_clip, tmp_path, monkeypatch):
+def make(small_demo, tiny_clip, tmp_path, monkeypatch):
     """make(**changed settings) → hypotheses of the small demo; make.encoded: ids so far."""
     images = data.open_dataset("shapes")
     Wq = query_features(tiny_clip, images.classes, ["a photo of a {}."])
@@ -308,54 +291,44 @@ def demo(small_demo, tiny_clip, tmp_path, monkeypatch):
     return make
 
 
-def test_hypotheses_are_made_once(demo):
-    first = demo()
+def test_hypotheses_are_made_once(make):
+    first = make()
     assert first.shape == (24, 10) and 24 < first.sum() < 120  # 1 to 4 objects an image
-    assert demo.encoded == demo.images.ids
-    assert torch.equal(demo(), first) and len(demo.encoded) == 24
-    counts = [json.loads(line)["scores"] for line in demo.path.read_text().splitlines()[1:]]
+    assert make.encoded == make.images.ids
+    assert torch.equal(make(), first) and len(make.encoded) == 24
+    counts = [json.loads(line)["scores"] for line in make.path.read_text().splitlines()[1:]]
     assert [sum(row) for row in counts] == [9] * 24  # r = 1/2
-    assert torch.equal(demo(threshold=0.3), torch.tensor(counts) > 2.7)
-    assert len(demo.encoded) == 24 and not torch.equal(demo(threshold=0.3), first)
+    assert torch.equal(make(threshold=0.3), torch.tensor(counts) > 2.7)
+    assert len(make.encoded) == 24 and not torch.equal(make(threshold=0.3), first)
 
 
-def test_hypotheses_are_keyed_by_id(demo):
-    first = demo()
-    demo.images.ids = demo.images.ids[::-1]
-    assert torch.equal(demo(), first.flip(0))
-    demo.images.ids = demo.images.ids[5:8]
-    assert torch.equal(demo(), first.flip(0)[5:8]) and len(demo.encoded) == 24
+def test_hypotheses_are_keyed_by_id(make):
+    first = make()
+    make.images.ids = make.images.ids[::-1]
+    assert torch.equal(make(), first.flip(0))
+    make.images.ids = make.images.ids[5:8]
+    assert torch.equal(make(), first.flip(0)[5:8]) and len(make.encoded) == 24
 
 
-@pytest.mark.parametrize("changes, named", [(dict(crop_ratio=1 / 3), "view 0.5 → 0.33"),
-                                            (dict(hypothesis="global"), "hypothesis crops → glob"),
-                                            (dict(seed=1), "seed 0 → 1")])
-def test_hypotheses_of_other_settings_are_refused(demo, changes, named):
-    demo()
-    with pytest.raises(UserError, match=rf"hypotheses.jsonl was made with other.*{named}"):
-        demo(**changes)
-    assert len(demo.encoded) == 24
-
-
-def test_interrupted_hypotheses_go_on(demo):
-    thirds = functools.partial(demo, crop_ratio=1 / 3)  # 25 crops: ten images a group
+def test_interrupted_hypotheses_go_on(make):
+    thirds = functools.partial(make, crop_ratio=1 / 3)  # 25 crops: ten images a group
     expected = thirds()
-    whole = demo.path.read_text()
-    demo.path.unlink()
-    demo.encoded.clear()
-    demo.limit = 17
+    whole = make.path.read_text()
+    make.path.unlink()
+    make.encoded.clear()
+    make.limit = 17
     with pytest.raises(KeyboardInterrupt):
         thirds()
-    part = demo.path.with_name("hypotheses.jsonl.part0")
-    assert not demo.path.exists() and part.read_text() == "".join(
+    part = make.path.with_name("hypotheses.jsonl.part0")
+    assert not make.path.exists() and part.read_text() == "".join(
         line + "\n" for line in whole.splitlines()[:11])
     with open(part, "a") as file:
         file.write(whole.splitlines()[11][:20])  # a line cut off in the middle
-    demo.encoded.clear()
-    demo.limit = 999
+    make.encoded.clear()
+    make.limit = 999
     assert torch.equal(thirds(), expected)
-    assert demo.encoded == demo.images.ids[10:]
-    assert demo.path.read_text() == whole and not part.exists()
+    assert make.encoded == make.images.ids[10:]
+    assert make.path.read_text() == whole and not part.exists()
 
 
 def test_global_scores_are_cosines(tiny_clip):
@@ -365,7 +338,7 @@ def test_global_scores_are_cosines(tiny_clip):
     Wq = query_features(tiny_clip, images.classes, ["a photo of a {}."])
     expected = 100 * torch.cosine_similarity(global_feature(tiny_clip.visual, view), Wq)
     scores = reclip.global_scores(tiny_clip, images.image(3), Wq, scale)
-    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
+    assert_close(scores, expected, atol=1e-3, rtol=0)
 
 
 def test_crop_votes_one_at_a_time(tiny_clip):
@@ -391,7 +364,6 @@ def test_votes_of_bf16_features_are_compared_in_float32():
 
 
 # ---- Recipes and training ----------------------------------------------------------------------
-
 
 def test_recipes():
     """Rows of the published tables, typed in a second time."""

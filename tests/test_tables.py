@@ -16,6 +16,7 @@ import reclip
 from conftest import few_tables, run
 from evaluate import all_runs, collect, command, direction, markdown
 
+
 @pytest.fixture
 def few(monkeypatch, small_demo):
     few_tables(monkeypatch)
@@ -24,9 +25,6 @@ def few(monkeypatch, small_demo):
 def options(out, *seeds, **others):
     return Namespace(**dict(out=out, seeds=list(seeds), dataset="shapes", data_root=None, clip=None,
                             device="cpu", workers=None, amp=None) | others)
-
-
-# ---- Rows --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dataset", ["shapes", "voc"])
@@ -76,9 +74,6 @@ def test_the_papers_agree_with_themselves():
     assert numbers.pop(("reclip-distilled", "VOC")) == {"75.8", "75.4"}
     assert all(len(found) == 1 for found in numbers.values())
     assert len(numbers) > 70
-
-
-# ---- Statistics --------------------------------------------------------------------------------
 
 
 def test_direction_by_hand():
@@ -131,8 +126,7 @@ def test_means_and_marks_of_the_papers_numbers(few, tmp_path):
         (52, None, 1), (43, None, 1), (61, None, 1)]
 
 
-def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path,
-                                                        capsys):
+def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path, capsys):
     """Only what was evaluated in the way of the recipe, on the validation images, counts."""
     checkpoint = ("--checkpoint", trained_demo / "reclip.pt", "--out", tmp_path)
     usual = run(evaluate.main, *checkpoint, "--bias")
@@ -152,9 +146,6 @@ def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo
     run(evaluate.main, *checkpoint, "--pd", 0.99)  # which is for the rectified logits alone
     assert evaluate.measured(tmp_path, "reclip++") == {}
     assert evaluate.measured(tmp_path, "maskclip")["miou"] == usual["maskclip"]["miou"]
-
-
-# ---- The whole of it ---------------------------------------------------------------------------
 
 
 def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, capsys):
@@ -205,22 +196,3 @@ def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, cap
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1
     assert said.startswith(f"error: {tmp_path}/global-0/reclip.pt was made with other settings")
-
-
-def test_mistakes(voc_root, capsys, tmp_path):
-    for path in voc_root.rglob("SegmentationClass/*.png"):
-        path.unlink()
-    for words, message in [
-        (("--dataset", "voc", "--data-root", voc_root), "voc has none in its train split"),
-        (("--dataset", "folder"), "--dataset folder has none"),
-        (("--dataset", "coco"), 'no data set "coco"'),
-        (("--checkpoint", "reclip.pt"), "--tables trains what it evaluates"),
-        (("--slide", 64, 32, "--pd", 0), "by the recipe; --slide, --pd cannot go with it"),
-        (("--split", "train"), "by the recipe; --split cannot go with it"),
-        (("--seeds", 0, 1, 0), "--seeds 0 1 0: one is repeated"),
-    ]:
-        with pytest.raises(SystemExit) as end:
-            run(evaluate.main, "--tables", "--out", tmp_path / "out", *words)
-        said = capsys.readouterr().err
-        assert end.value.code == 2 and message in said and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()

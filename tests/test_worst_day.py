@@ -26,12 +26,10 @@ import data
 import distill
 import evaluate
 import reclip
-from conftest import LONG, REPOSITORY, SmallShapes, few_tables, learned, run, same, snapshot
+from conftest import (LONG, REPOSITORY, SmallShapes, few_tables, learned, raising, results, run,
+                      same, snapshot)
 
 UNFINISHED = (".tmp", ".part", ".part0", ".done", ".lock")  # names that promise nothing
-
-
-# ---- Killed ------------------------------------------------------------------------------------
 
 
 def pipeline(out, last=None):
@@ -174,9 +172,6 @@ def test_killed_at_random_moments(whole, tmp_path):
     print(f"{kills} kills in {rounds} rounds, an undisturbed run takes {whole[1]:.1f} s")
 
 
-# ---- A full disk -------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def largest_file(size):
     """As if the disk were full: no file may grow beyond `size` bytes."""
@@ -186,17 +181,6 @@ def largest_file(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def refused(capsys, main, *arguments):
-    """The one line on stderr of a command that ends with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(main, *arguments)
-    said = capsys.readouterr().err
-    assert end.value.code == 2
-    assert said.startswith("error: ") and said.count("\n") == 1, said
-    return said
 
 
 TRAIN = (reclip.main, "--epochs", 3)
@@ -213,7 +197,7 @@ TRAIN = (reclip.main, "--epochs", 3)
     ("pictures", (), 100, (evaluate.main, "--images", "photos")),
     ("student", ("distill.pt",), 20_000, (distill.main, "--epochs", 1)),
 ])
-def test_full_disk(trained_demo, small_demo, photos, tmp_path, monkeypatch, capsys, what, gone,
+def test_full_disk(trained_demo, small_demo, photos, tmp_path, monkeypatch, mistake, what, gone,
                    size, command):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained_demo, "run")
@@ -223,8 +207,7 @@ def test_full_disk(trained_demo, small_demo, photos, tmp_path, monkeypatch, caps
     given = {reclip.main: ("--out", "run"), distill.main: ("--teacher", "run/reclip.pt"),
              evaluate.main: ("--checkpoint", "run/reclip.pt")}[main]
     with largest_file(size):
-        said = refused(capsys, main, *given, *options)
-    assert "cannot write" in said, said
+        assert "cannot write" in mistake(main, *given, *options)
     after = snapshot("run")
     may_change = ("log.jsonl", "log-distill.jsonl", *["results.json"] * (what == "figures"))
     for path, content in before.items():
@@ -238,28 +221,34 @@ def test_full_disk(trained_demo, small_demo, photos, tmp_path, monkeypatch, caps
         assert same(learned(Path("run"), "distill.pt"), learned(trained_demo, "distill.pt"))
 
 
-# ---- Two at once, Ctrl-C, a loss that explodes -------------------------------------------------
-
-
-@pytest.mark.parametrize("main", [reclip.main, distill.main])
-def test_a_second_process_is_refused(trained_demo, small_demo, tmp_path, capsys, main):
-    out = tmp_path / "run"
+@pytest.fixture(params=[reclip.main, distill.main], ids=["reclip", "distill"])
+def job(request, trained_demo, small_demo, tmp_path, monkeypatch):
+    """(main, arguments, checkpoint): a training whose checkpoint is missing in its folder."""
+    monkeypatch.chdir(tmp_path)
+    out = Path("run")
     shutil.copytree(trained_demo, out)
-    given = {reclip.main: ("--epochs", 3, "--out", out),
-             distill.main: ("--epochs", 1, "--teacher", out / "reclip.pt")}[main]
+    arguments, path = {
+        reclip.main: (("--epochs", 3, "--out", out), out / "reclip.pt"),
+        distill.main: (("--epochs", 1, "--teacher", out / "reclip.pt"), out / "distill.pt"),
+    }[request.param]
+    path.unlink()
+    return request.param, arguments, path
+
+
+def test_a_second_process_is_refused(job, mistake):
+    main, arguments, path = job
     hold = ("import fcntl, sys, time; file = open(sys.argv[1], 'w'); "
             "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(600)")
-    with subprocess.Popen([sys.executable, "-c", hold, out / ".run.lock"],
+    with subprocess.Popen([sys.executable, "-c", hold, path.with_name(".run.lock")],
                           stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         try:
-            before = snapshot(out)
-            said = refused(capsys, main, *given)
-            assert "another process is at work in" in said and str(out) in said
-            assert snapshot(out) == before
+            before = snapshot(".")
+            assert "another process is at work in run" in mistake(main, *arguments)
+            assert snapshot(".") == before
         finally:
             other.kill()
-    run(main, *given)
+    run(main, *arguments)
 
 
 def test_two_evaluations_of_one_folder_lose_nothing(tmp_path):
@@ -279,23 +268,14 @@ def test_locks_are_for_folders_that_can_be_written(tmp_path, monkeypatch):
         patch.setattr(os, "access", lambda *_: False)  # root may write everywhere
         with reclip.folder_lock(lock):
             assert not lock.exists()
-    with monkeypatch.context() as patch:
-        def unknown(*_):
-            raise OSError(95, "Operation not supported")
-
-        patch.setattr(fcntl, "lockf", unknown)  # as on some network file systems
-        with reclip.folder_lock(lock):
-            assert lock.exists()
+    unknown = raising(OSError(95, "Operation not supported"))  # as on some network file systems
+    monkeypatch.setattr(fcntl, "lockf", unknown)
+    with reclip.folder_lock(lock):
+        assert lock.exists()
 
 
-@pytest.mark.parametrize("main", [reclip.main, distill.main])
-def test_ctrl_c_saves_and_the_same_command_goes_on(trained_demo, small_demo, tmp_path, monkeypatch,
-                                                   capsys, main):
-    out, name = tmp_path / "run", "reclip.pt" if main is reclip.main else "distill.pt"
-    shutil.copytree(trained_demo, out)
-    (out / name).unlink()
-    given = {reclip.main: ("--epochs", 3, "--out", out),
-             distill.main: ("--epochs", 1, "--teacher", out / "reclip.pt")}[main]
+def test_ctrl_c_saves_and_the_same_command_goes_on(job, trained_demo, monkeypatch, capsys):
+    main, arguments, path = job
     step = reclip.Log.step
 
     def interrupted(self, number, *args, **kwargs):
@@ -305,26 +285,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(trained_demo, small_demo, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(reclip.Log, "step", interrupted)
-        with pytest.raises(SystemExit) as end:
-            run(main, *given)
-    assert end.value.code == 130
+        with pytest.raises(SystemExit, match="130"):
+            run(main, *arguments)
     said = capsys.readouterr().err
-    assert f"stopped after step 1 and saved {out / name}; the same command goes on" in said
-    half = learned(out, name)
+    assert f"stopped after step 1 and saved {path}; the same command goes on" in said
+    half = learned(path.parent, path.name)
     assert half["step"] == 1 and not half["finished"]
-    run(main, *given)
-    assert same(learned(out, name), learned(trained_demo, name))
-    assert (out / "results.json").read_text() == (trained_demo / "results.json").read_text()
+    run(main, *arguments)
+    assert same(learned(path.parent, path.name), learned(trained_demo, path.name))
+    assert results(path.parent) == results(trained_demo)
 
 
-@pytest.mark.parametrize("main", [reclip.main, distill.main])
-def test_a_loss_that_is_not_finite_stops(trained_demo, small_demo, tmp_path, monkeypatch, capsys,
-                                         main):
-    out, name = tmp_path / "run", "reclip.pt" if main is reclip.main else "distill.pt"
-    shutil.copytree(trained_demo, out)
-    (out / name).unlink()
-    given = {reclip.main: ("--epochs", 6, "--out", out),
-             distill.main: ("--epochs", 4, "--teacher", out / "reclip.pt")}[main]
+def test_a_loss_that_is_not_finite_stops(job, monkeypatch, mistake):
+    main, arguments, path = job
     module = sys.modules[main.__module__]
     function = "contrastive_loss" if main is reclip.main else "mask_loss"
     steps, loss = [], getattr(module, function)
@@ -335,9 +308,9 @@ def test_a_loss_that_is_not_finite_stops(trained_demo, small_demo, tmp_path, mon
 
     monkeypatch.setattr(module, function, exploding)
     monkeypatch.setattr(reclip.Run, "due", lambda run, epoch_ends: True)
-    said = refused(capsys, main, *given)
+    said = mistake(main, *arguments, "--epochs", 4)
     assert "the loss is not finite at step 3 (images train-0" in said
-    assert f"{out / name} still has step 2" in said
-    kept = learned(out, name)
+    assert f"{path} still has step 2" in said
+    kept = learned(path.parent, path.name)
     assert kept["step"] == 2 and all(v.isfinite().all() for v in kept["state"].values()
                                      if v.is_floating_point())

@@ -1,7 +1,7 @@
 """Pre-train the demo's tiny CLIP on image–caption pairs: python -m clip.pretrain
 
 The pairs imitate what CLIP learned from: pictures whose habits differ from those of the data to be
-segmented (data.py, WEB), each with a caption that names most of what is in it. No mask is ever
+segmented (shapes.py, WEB), each with a caption that names most of what is in it. No mask is ever
 seen. The result, clip/shapes-tiny.pt.gz, is an ordinary CLIP state dict (vision and text
 transformer, token table, logit scale) that `clip.load("shapes-tiny")` reads.
 """
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import clip
+from clip.clip import CLIP_MEAN, CLIP_STD, TEMPLATES
 from clip.model import CLIP
-from data import (CLIP_MEAN, CLIP_STD, COLOURS, SHAPES, TEMPLATES, WEB, draw_seed, draw_shapes,
-                  normalise)
+from clip.shapes import COLOURS, SHAPES, WEB, draw_seed, draw_shapes
 
 ARCHITECTURE = dict(embed_dim=64, image_resolution=48, vision_layers=3, vision_width=96,
                     vision_patch_size=8, vision_heads=3, context_length=77, vocab_size=49408,
@@ -48,6 +48,12 @@ def web_captions(seeds, classes, colours, backgrounds):
     return captions
 
 
+def normalise(images):
+    """uint8 B×3×H×W, values 0–255 -> CLIP's input, float32 B×3×H×W."""
+    mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
+    return (images / 255 - mean) / std
+
+
 def encode_half(visual, images, generator):
     """visual(images) from a random half of the patches (FLIP, Li et al., CVPR 2023).
 
@@ -71,7 +77,7 @@ def zero_shot_accuracy(model, seed=12345, count=2000):
     images, _, classes, *_ = draw_shapes(seeds, **{**WEB, "objects": 1})
     words = torch.stack([F.normalize(model.encode_text(clip.tokenize(
         [template.format(name) for template in TEMPLATES])), dim=-1).mean(0) for name in SHAPES])
-    features = model.encode_image(normalise(images, CLIP_MEAN, CLIP_STD))
+    features = model.encode_image(normalise(images))
     best = (features @ F.normalize(words, dim=-1).T).argmax(1)
     return (best == classes[:, 0]).float().mean().item()
 
@@ -129,7 +135,7 @@ def main(argv=None):
     for epoch in range(args.epochs):
         order = torch.randperm(args.pairs, generator=generator)
         for batch in order[: args.pairs // args.batch * args.batch].split(args.batch):
-            pictures = normalise(images[batch], CLIP_MEAN, CLIP_STD)
+            pictures = normalise(images[batch])
             if torch.rand((), generator=generator) < 0.5:
                 pictures = pictures.flip(-1)
             z = F.normalize(encode_half(model.visual, pictures, generator), dim=-1)

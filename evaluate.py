@@ -19,6 +19,7 @@ import json
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,16 +28,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from data import (CLASSES, PHOTOS, VOID, Parser, UserError, clean_exit, count, dataset_palette,
-                  draw_seed, evenly, legend, list_folder, natural, open_dataset, overlay,
-                  parse_classes, path, picture_sheet, printable, read_ahead, read_image,
-                  resize_to_scale, save_picture, share, write_text)
+from data import (CLASSES, PHOTOS, VOID, Parser, UserError, called, clean_exit, count,
+                  dataset_palette, draw_seed, evenly, legend, list_folder, natural, open_dataset,
+                  overlay, parse_classes, path as user_path, picture_sheet, positive, printable,
+                  read_ahead, read_image, resize_to_scale, save_picture, share, visible, write_text)
 from distill import load_student
-from reclip import (Progress, RectifiedCLIP, authors_method, authors_state, classify, folder_lock,
-                    from_authors, gather, hypotheses_file, label_map, leave_processes,
-                    load_checkpoint, load_clip, make_folder, make_hypotheses, open_rectified,
-                    pick_device, plain_maskclip, prompt_denoising, query_features, rank, recipe,
-                    use_amp, world)
+from reclip import (SURGERIES, Progress, RectifiedCLIP, authors_method, authors_state,
+                    checkpoint_in, classify, folder_lock, from_authors, gather, hypotheses_folder,
+                    label_map, leave_processes, load_checkpoint, load_clip, make_folder,
+                    make_hypotheses, open_rectified, pamr, pick_device, plain_maskclip,
+                    prompt_denoising, query_features, rank, recipe, to_device, use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -157,10 +158,12 @@ class Segmenter:
     checkpoint's CLIP is now, if not where it was. names: "maskclip" and "rectified", or
     "distilled". pd: prompt denoising of the rectified logits, "recipe" for the checkpoint's own;
     where that switches classes off, "rectified_no_pd" is there too. slide: None, or (window,
-    stride) in pixels.
+    stride) in pixels. pamr: None, or (steps, dilations) of PAMR, for one more map of each of the
+    names, NAME_pamr.
     """
 
-    def __init__(self, network, device="cpu", source=None, pd="recipe", slide=None, amp=False):
+    def __init__(self, network, device="cpu", source=None, pd="recipe", slide=None, amp=False,
+                 pamr=None):
         self.path, self.finished = None, True
         if isinstance(network, (str, Path)):
             self.path, checkpoint = Path(network), load_checkpoint(network)
@@ -171,23 +174,33 @@ class Segmenter:
         self.settings, self.classes = network.settings, network.classes
         self.both = pd == "recipe"  # with and without
         self.pd = self.settings.pd if self.both else pd
-        self.slide, self.amp = slide, amp
+        self.slide, self.amp, self.pamr = slide, amp, pamr
         s = self.settings
         plain = not (getattr(s, "learn_query", False) or getattr(s, "tune_encoder", False))
         self.names = ["distilled"] if self.student else (
             ["maskclip"] * plain + ["rectified"] * (s.method != "maskclip"))
 
-    def whole_logits(self, views):
-        """{name: logits} of uint8 views B×3×H×W, and the (height, width) that they cover.
+    @torch.no_grad()
+    def stages(self, views):
+        """{name: (features B×K×h×w, logits B×C×h×w)} of uint8 views B×3×H×W, and the (height,
+        width) that they cover: the view by a student's grid, whole patches by a ViT's.
 
-        A student's grid covers the view, a ViT's whole patches.
+        Features are what a linear probe sees. CLIP is frozen, so Z is MaskCLIP's; "rectified" is Z
+        beside the rectified logits, D+C channels; "distilled" is Ẑ, of unit length.
         """
         if self.student:
-            return {"distilled": self.network.logits(views, self.amp)}, views.shape[2:]
-        Mq, M = self.network.logits(views, self.amp)
-        stages, (h, w) = dict(maskclip=Mq, rectified=M), Mq.shape[2:]
-        outputs = {name: stages[name] for name in self.names}
-        return outputs, (h * self.network.patch, w * self.network.patch)
+            Z_hat, logits = self.network(views, amp=self.amp)
+            return {"distilled": (F.normalize(Z_hat, dim=1), logits)}, views.shape[2:]
+        Z, p = self.network.features(views, self.amp)
+        Mq, M = self.network.rectifier(Z, p, self.network.Wr)
+        stages = dict(maskclip=(Z, Mq), rectified=(torch.cat([Z, M], 1), M))
+        padded = tuple(side * self.network.patch for side in Z.shape[2:])
+        return {name: stages[name] for name in self.names}, padded
+
+    def whole_logits(self, views):
+        """The logits of `stages` alone, and the area that they cover."""
+        stages, padded = self.stages(views)
+        return {name: logits for name, (_, logits) in stages.items()}, padded
 
     def sliding_logits(self, views):
         """Mean logits of overlapping windows, at the resolution of the views."""
@@ -220,26 +233,52 @@ class Segmenter:
         return outputs, padded
 
     @torch.no_grad()
-    def features(self, views):
-        """{name: B×K×h×w}, what a linear probe of each stage sees, and the area as in `logits`.
+    def __call__(self, views, size, only=None, sure=False):
+        """{name: int64 B×H×W} for uint8 views B×3×h×w of images whose labels have `size` (H, W).
 
-        CLIP is frozen, so Z is MaskCLIP's; "rectified" is Z beside the rectified logits, D+C
-        channels; "distilled" is Ẑ, of unit length.
+        only: one of the names; sure: the map comes in a pair with its `most_likely` probability.
         """
-        if self.student:
-            Z_hat, _ = self.network(views, amp=self.amp)
-            return {"distilled": F.normalize(Z_hat, dim=1)}, views.shape[2:]
-        Z, p = self.network.features(views, self.amp)
-        _, logits = self.network.rectifier(Z, p, self.network.Wr)
-        stages = dict(maskclip=Z, rectified=torch.cat([Z, logits], 1))
-        padded = tuple(side * self.network.patch for side in Z.shape[2:])
-        return {name: stages[name] for name in self.names}, padded
+        (outputs, padded), view, maps = self.logits(views), views.shape[2:], {}
+        refined = [f"{name}_pamr" for name in self.names if self.pamr]
+        for name in [only] if only else [*outputs, *refined]:
+            plain = name.removesuffix("_pamr")
+            if name == plain and not sure:
+                maps[name] = label_map(outputs[name], padded, view, size)
+                continue
+            refine = None if name == plain else lambda part: pamr(views, part, *self.pamr)
+            pair = most_likely(outputs[plain], padded, view, size, self.temperature(plain), refine)
+            maps[name] = pair if sure else pair[0]
+        return maps
 
-    def __call__(self, views, size):
-        """{name: int64 B×H×W} for uint8 views B×3×h×w of images whose labels have `size` (H, W)."""
-        outputs, padded = self.logits(views)
-        return {name: label_map(logits, padded, views.shape[2:], size)
-                for name, logits in outputs.items()}
+    def temperature(self, name):
+        """That of a softmax over the classes: the one at which prompt denoising looks at such
+        logits, 0.1 after a decoder and 0.01 for cosines; 1 for a head that DeepLab has learned."""
+        if not self.student:
+            return 0.01 if name == "maskclip" else self.settings.pd_temperature
+        if self.settings.head == "learned":
+            return 1.0
+        return 0.01 if self.network.head.decoder is None else 0.1
+
+
+def most_likely(logits, padded, view, size, temperature, refine=None):
+    """Class of every pixel and its probability, softmax(logits / temperature), both B×H×W.
+
+    As `label_map` with the softmax after upsampling; refine: what is done before, at the resolution
+    of the view, to the logits of some classes, B×K×h×w. In chunks of classes, too.
+    """
+    chunk, best = max(1, min(32, 2**26 // (len(logits) * math.prod(size)))), None
+    for first in range(0, logits.shape[1], chunk):
+        part = F.interpolate(logits[:, first : first + chunk], padded, mode="bilinear")
+        part = part[..., : view[0], : view[1]]
+        part = part if refine is None else refine(part)
+        part = F.interpolate(part, size, mode="bilinear") / temperature
+        (value, index), mass = part.max(1), part.logsumexp(1)
+        if best is None:
+            best, labels, total = value, index, mass
+        else:
+            labels = torch.where(value > best, index + first, labels)
+            best, total = torch.maximum(value, best), torch.logaddexp(total, mass)
+    return labels, (best - total).exp()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,22 +338,19 @@ def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
     return {name: sum(part[name] for part in parts if name in part) for name in names}
 
 
-def to_device(x, device):
-    """A CPU tensor on a device, without waiting for what a GPU is at."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-
 def hypothesis_quality(hypothesis, data):
     """Precision and recall, in per cent, of image-level hypotheses against the labels of `data`.
 
-    hypothesis: bool len(data)×C. Counts all (image, class) pairs alike.
+    hypothesis: a function from an image's index, in a list, to bool 1×C. Counts all (image, class)
+    pairs alike.
     """
-    truth = torch.zeros_like(hypothesis)
+    hits = said = true = 0
     for i in range(len(data)):
-        present = data.label(i).unique()
-        truth[i, present[present != VOID]] = True
-    hits = (hypothesis & truth).sum().item()
-    return 100 * hits / max(1, hypothesis.sum().item()), 100 * hits / max(1, truth.sum().item())
+        kept, present = hypothesis([i])[0], data.label(i).unique()
+        present = present[present != VOID]
+        hits, said = hits + kept[present].sum().item(), said + kept.sum().item()
+        true += len(present)
+    return 100 * hits / max(1, said), 100 * hits / max(1, true)
 
 
 def bias_scores(confusions, objects):
@@ -330,36 +366,28 @@ def bias_scores(confusions, objects):
                         for i, (miou, m) in enumerate(zip(curve, confusions))])
 
 
-def columns(heads, rows, width):
-    """A text table; rows: (name, values), a value is a number, or None for a dash."""
-    cell = lambda value: "–" if value is None else f"{value:.2f}"
-    lines = [" " * width + "".join(f" {head:>11}" for head in heads)]
-    for name, values in rows:
-        lines.append(f"{name:{width}}" + "".join(f" {cell(value):>11}" for value in values))
-    return lines
-
-
 def table(results, classes):
-    """A text table: mIoU and pixel accuracy, then the IoU of every class; one column per result."""
-    width = max(18, *(len(name) for name in classes))
+    """A text table, a column per result: mIoU, pixel accuracy, bias scores, IoU of every class."""
+    biased = next((r["distance_curve"] for r in results.values() if "distance_curve" in r), [])
     rows = [("mIoU", [r["miou"] for r in results.values()]),
             ("pixel accuracy", [r["pixel_accuracy"] for r in results.values()])]
+    for key in ("class_preference", "space_preference") if biased else ():
+        rows.append((key.replace("_", "-"), [r.get(key) for r in results.values()]))
+    for n, part in enumerate(biased):
+        low, high = part["distance"]
+        rows.append((f"mIoU, distance {low:.1f}–{high:.1f}", [
+            r["distance_curve"][n]["miou"] if "distance_curve" in r else None
+            for r in results.values()]))
+    rule = len(rows) + 1
     rows += [(name, [r["iou"][name] for r in results.values()]) for name in classes]
-    lines = columns([name.replace("linear_probe_", "LP ") for name in results], rows, width)
-    lines.insert(3, "-" * len(lines[0]))
+    heads = [name.replace("linear_probe_", "LP ") for name in results]
+    wide, width = max(11, *map(len, heads)), max(18, *(len(name) for name, _ in rows))
+    lines = [" " * width + "".join(f" {head:>{wide}}" for head in heads)]
+    for name, values in rows:
+        cells = ["–" if value is None else f"{value:.2f}" for value in values]
+        lines.append(f"{name:{width}}" + "".join(f" {cell:>{wide}}" for cell in cells))
+    lines.insert(rule, "-" * len(lines[0]))
     return "\n".join(lines)
-
-
-def bias_table(results):
-    """A text table of what `bias_scores` gives, one column per result."""
-    score = lambda key: [r[key] for r in results.values()]
-    rows = [(key.replace("_", "-"), score(key)) for key in ("class_preference", "space_preference")]
-    for part in zip(*score("distance_curve")):
-        low, high = part[0]["distance"]
-        rows.append((f"mIoU, distance {low:.1f}–{high:.1f}", [p["miou"] for p in part]))
-    lines = columns(results, rows, 24)
-    return "\n".join(lines + [f"(objects: {score('objects')[0]}; distance of their centroids from "
-                              "the centre, relative to half the diagonal)"])
 
 
 def save_results(path, results):
@@ -388,12 +416,8 @@ def save_results(path, results):
 
 TITLES = {"maskclip": "MaskCLIP", "rectified": "rectified", "distilled": "distilled"}
 COLOURS = (44, 140, 80), (31, 90, 190), (214, 100, 20), (130, 60, 160), (190, 40, 60)
+font = ImageFont.load_default  # Pillow's own, font(height in pixels)
 SCALE = torch.tensor([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37.0)])
-
-
-def font(size):
-    """Pillow's own font, `size` pixels high."""
-    return ImageFont.load_default(size)
 
 
 def in_colour(values):
@@ -402,27 +426,6 @@ def in_colour(values):
     low = place.long().clamp(max=len(SCALE) - 2)
     colours = torch.lerp(SCALE[low], SCALE[low + 1], (place - low)[..., None])
     return colours.round().to(torch.uint8).movedim(-1, 0)
-
-
-def captioned(rows, cell, heads):
-    """Rows of (caption, picture), each picture, uint8 3×H×W, fitted into `cell` pixels; PIL.
-
-    heads: what stands above each column.
-    """
-    step, high = cell + 6, cell + 22
-    sheet = Image.new("RGB", (len(heads) * step - 6, 22 + len(rows) * high), "white")
-    text = functools.partial(ImageDraw.Draw(sheet).text, fill="black", font=font(14))
-    for column, head in enumerate(heads):
-        text((column * step, 4), head)
-    for n, (caption, picture) in enumerate(itertools.chain(*rows)):
-        x, y = n % len(heads) * step, 22 + n // len(heads) * high
-        picture = TF.to_pil_image(picture)
-        factor = cell / max(picture.size)
-        size = [max(1, round(side * factor)) for side in picture.size]
-        filter = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BOX
-        text((x, y + 3), caption)
-        sheet.paste(picture.resize(size, filter), (x, y + 22))
-    return sheet
 
 
 def comparison(segmenters, data, device, count=5):
@@ -446,13 +449,17 @@ def comparison(segmenters, data, device, count=5):
                          cell=max(120, min(190, 960 // len(headings))))
 
 
-def heatmaps(segment, data, device, count=3, looked_at=24, cell=100):
-    """Query, bias and rectified logits of two classes, in each of `count` images (Fig. 4); PIL.
+@torch.no_grad()
+def heatmaps(segment, data, device, count=3, looked_at=24, cell=136):
+    """Logits of two classes, and masks, in each of `count` images, from Query to the last; PIL.
 
     segment: a Segmenter of a checkpoint with a bias. Of evenly spaced images those are shown where
-    MaskCLIP takes the most pixels of one class for another; the heat maps are of these two.
+    MaskCLIP takes the most pixels of one class for another. Three rows an image: the masks so far;
+    a heat map of the one class, below the truth, outlined in that class's colour; one of the other,
+    below MaskCLIP's mask, with the same outline in the other's. Both have one colour scale, from
+    the lowest of their logits to the highest.
     """
-    found = []
+    found, rows, present = [], [], set()
     for i in evenly(len(data), looked_at):
         label = data.label(i)
         view = resize_to_scale(data.image(i), segment.settings.scale)[None].to(device)
@@ -460,49 +467,47 @@ def heatmaps(segment, data, device, count=3, looked_at=24, cell=100):
         confusion = confusion_matrix(mask, label, len(data.classes)).double()
         wrong = (confusion / confusion.sum().clamp(min=1)).fill_diagonal_(0)
         found.append((wrong.max().item(), i, divmod(int(wrong.argmax()), len(data.classes))))
-    found = sorted(sorted(found)[-count:], key=lambda one: one[1])
-    return beside([heatmap_block(segment, data, i, pair, device, cell) for _, i, pair in found])
+    for _, i, pair in sorted(sorted(found)[-count:], key=lambda one: one[1]):
+        image, label = data.image(i), data.label(i)
+        view = resize_to_scale(image, segment.settings.scale)[None].to(device)
+        maps, padded = bias_maps(segment, view)
+        inside = F.interpolate((label == pair[0]).float()[None, None], view.shape[2:])[0] > 0
+        outline = (F.max_pool2d(inside.float(), 3, 1, 1)[0] > 0) & ~inside[0]
+        columns = []
+        for logits, masked in maps.values():
+            heat = F.interpolate(logits[:, pair], padded, mode="bilinear")[0].cpu()
+            heat = heat[:, : view.shape[2], : view.shape[3]]
+            heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+            mask = label_map(masked, padded, view.shape[2:], label.shape)[0].cpu()
+            columns.append([mask.where(label != VOID, VOID), *(
+                in_colour(values).where(~outline, visible(data.palette[k])[:, None, None])
+                for values, k in zip(heat, pair))])
+        masks, *heat = zip(*columns)
+        present |= set(torch.stack([label, *masks]).unique().tolist()) - {VOID}
+        truth, *masks = [overlay(image, mask, data.palette) for mask in (label, *masks)]
+        rows += [[image, *masks], [truth, *heat[0]], [masks[0], *heat[1]]]
+    return picture_sheet(rows, ["", *maps], present, data.classes, data.palette, cell)
 
 
-@torch.no_grad()
-def heatmap_block(segment, data, i, pair, device, cell):
-    """One image's part of `heatmaps`: masks, and the logits of two classes, the first outlined.
+def bias_maps(segment, view):
+    """{heading: (logits, logits of the mask so far)}, both 1×C×h×w, and what the grid covers.
 
-    The parts of the bias stand apart. "Reference": Z·Wrᵀ, the class preference that the Reference
-    sees in the image (ReCLIP, Fig. 3 b). "position": what ReCLIP adds to it, Mp. "bias": Mb of
-    ReCLIP++, Wp·Wrᵀ, where the Reference meets the position and no longer the image. The mask
-    beside each is what the logits up to there give. The two maps of a row have one colour scale,
-    from the lowest to the highest of their logits.
+    The two parts of the bias stand apart (Fig. 4; ReCLIP, Fig. 3 b and c). "Reference": Z·Wrᵀ, the
+    class preference that the Reference sees in the image. Of ReCLIP the position follows, Mp, and
+    of ReCLIP++ the bias Wp·Wrᵀ, where the Reference meets the position and no longer the image.
     """
-    image, label, network = data.image(i), data.label(i), segment.network
-    rectifier, Wr = network.rectifier, network.Wr
-    view = resize_to_scale(image, segment.settings.scale)[None].to(device)
-    size, (Z, p) = view.shape[2:], network.features(view, segment.amp)
-    padded = [side * network.patch for side in Z.shape[2:]]
+    network = segment.network
+    rectifier, Wr, sign = network.rectifier, network.Wr, network.rectifier.sign
+    Z, p = network.features(view, segment.amp)
     Mq, Mo = rectifier(Z, p, Wr)
     Mr, Mb = classify(Z, Wr), rectifier.bias(Z, p, Wr).expand_as(Mq)
-    M = Mq + rectifier.sign * Mb
-    rows = {"Query": (Mq, Mq)} | {  # heat maps of the one, the mask of the other
-        "independent": {"Reference": (Mr, None), "bias": (Mb, M)},
-        "joint": {"Reference": (Mr, Mq + rectifier.sign * Mr), "position": (Mb - Mr, M)},
-        "reference": {"Reference": (Mr, M)}}[rectifier.kind] | {"rectified": (M, None)}
-    if segment.settings.decoder:
-        rows["decoded"] = (Mo, Mo)
-    inside = F.interpolate((label == pair[0]).float()[None, None], size)[0] > 0
-    outline = (F.max_pool2d(inside.float(), 3, 1, 1)[0] > 0) & ~inside[0]
-    cells, plain = [], [("image", image), ("truth", overlay(image, label, data.palette))]
-    for name, (logits, masked) in rows.items():
-        values = F.interpolate(logits[:, pair], padded, mode="bilinear")[0].cpu()
-        values = values[:, : size[0], : size[1]]
-        low, high = values.min().item(), values.max().item()
-        heat = [in_colour((v - low) / max(high - low, 1e-12)).where(~outline, 255) for v in values]
-        if masked is None:
-            picture = plain.pop()
-        else:
-            mask = label_map(masked, padded, size, label.shape)[0].cpu().where(label != VOID, VOID)
-            picture = (f"mask: {name}", overlay(image, mask, data.palette))
-        cells.append([picture, (name, heat[0]), (f"{low:.2f} to {high:.2f}", heat[1])])
-    return captioned(cells, cell, ["", *(data.classes[k][:14] for k in pair)])
+    M, Reference = Mq + sign * Mb, "Reference Z·Wr"
+    maps = {"Query": (Mq, Mq)} | {
+        "independent": {Reference: (Mr, Mq), "bias Wp·Wr": (Mb, M)},
+        "joint": {Reference: (Mr, Mq + sign * Mr), "position Mp": (Mb - Mr, M)},
+        "reference": {Reference: (Mr, M)}}[rectifier.kind] | {"rectified": (M, M)}
+    maps |= {"decoded": (Mo, Mo)} if segment.settings.decoder else {}
+    return maps, [side * network.patch for side in Z.shape[2:]]
 
 
 def confusion_figure(confusions, classes, count=6, cell=44):
@@ -639,12 +644,13 @@ def linear_probe(segment, data, device, epochs=30, batch=16, workers=0, seed=0, 
         items = Labelled(data, segment.settings.scale)
         for views, labels in grouped_by_size(
                 read_ahead(items, shuffled(len(data), epoch), workers), batch):
-            features, padded = segment.features(views.to(device))
+            stages, padded = segment.stages(views.to(device))
+            features = {name: feature.half() for name, (feature, _) in stages.items()}
             grid = next(iter(features.values())).shape[2:]
             shares = class_shares(labels.to(device), C, views.shape[2:], padded, grid)
-            kept.append(({name: f.half() for name, f in features.items()}, shares))
+            kept.append((features, shares))
             yield kept[-1]
-            left -= sum(part.nbytes for part in (*kept[-1][0].values(), shares))
+            left -= sum(part.nbytes for part in (*features.values(), shares))
             if left < 0:
                 kept.clear()
 
@@ -670,9 +676,9 @@ def linear_probe(segment, data, device, epochs=30, batch=16, workers=0, seed=0, 
 
     @torch.no_grad()
     def predict(views, size):
-        features, padded = segment.features(views)
+        stages, padded = segment.stages(views)
         return {f"linear_probe_{name}": label_map(probes[name](feature), padded, views.shape[2:],
-                                                  size) for name, feature in features.items()}
+                                                  size) for name, (feature, _) in stages.items()}
 
     return predict
 
@@ -724,49 +730,89 @@ def safe_name(path, used):
     return name
 
 
-def predict(segment, stage, files, out, device, workers=0):
-    """Masks of image files of any size, one after the other; returns the files that failed.
+def predict(segment, stage, files, out, device, workers=0, confidence=False, unknown_below=0.0):
+    """Masks of image files of any size, one after the other. Raises UserError for a folder of other
+    classes and, after all are done, where some files could not be read.
 
-    stage: one of segment.names; files: list of Path; out: the folder, for
-    masks/NAME.png      the class of every pixel, 0…C-1, as a palette picture of the image's size,
-    overlays/NAME.png   the classes in colour on the image, 420 to 1000 pixels, with a legend,
-    predictions.jsonl   a line for every file: what was made of it, and the per cent of its pixels
-                        that each class has; under the name .part until all are done.
+    stage: one that the Segmenter has; files: list of Path; out: the folder, for
+    masks/NAME.png       the class of every pixel, 0…C-1, as a palette picture of the image's size,
+    overlays/NAME.png    the classes in colour on the image, 420 to 1000 pixels, with a legend,
+    confidence/NAME.png  if asked for, the highest probability of every pixel, 0…255 in grey: of a
+                         softmax over the classes, at `Segmenter.temperature`, of the logits that
+                         the mask is taken from, upsampled (after prompt denoising and PAMR),
+    classes.json         the C names,
+    predictions.jsonl    a line for every file: what was made of it, the per cent of its pixels that
+                         each class has, and its mean confidence; .part until all are done.
+    Pixels whose probability is less than unknown_below are 255 in the mask, and of no class.
     """
-    colours = dataset_palette(segment.settings.dataset, len(segment.classes))
-    for folder in ("masks", "overlays"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    part, used, failed = out / "predictions.jsonl.part", set(), []
-    photos = read_ahead(Photos(files, segment.settings.scale), range(len(files)), workers)
-    progress = Progress("predict", len(files))
-    with open(part, "w") as lines:
-        for path, loaded in zip(files, photos):
-            line = dict(image=str(path))
-            if isinstance(loaded, str):
-                print(f"error: {printable(loaded)}", file=sys.stderr)
-                failed.append(path)
-                line["error"] = loaded
-            else:
-                image, view = loaded
-                mask = segment(view[None].to(device), image.shape[1:])[stage][0].cpu()
-                name = safe_name(path, used)
-                area = mask.flatten().bincount(minlength=len(colours)) / mask.numel() * 100
-                order = [k for k in area.argsort(descending=True).tolist() if area[k] > 0]
-                picture = Image.fromarray(mask.to(torch.uint8).numpy())
-                picture.putpalette(colours.flatten().tolist())
-                save_picture(picture, out / "masks" / f"{name}.png")
-                entries = [(f"{segment.classes[k]} {area[k]:.1f} %", colours[k]) for k in order]
-                sheet = with_legend(image, mask, colours, entries)
-                save_picture(sheet, out / "overlays" / f"{name}.png")
-                line |= dict(mask=f"masks/{name}.png", overlay=f"overlays/{name}.png", stage=stage,
-                             width=image.shape[2], height=image.shape[1],
-                             areas={segment.classes[k]: round(area[k].item(), 4) for k in order})
-            lines.write(json.dumps(line) + "\n")
-            lines.flush()
-            progress.advance()
-    progress.close()
-    part.replace(out / "predictions.jsonl")
-    return failed
+    names, folders = [*map(called, segment.classes)], ["masks", "overlays", "confidence"]
+    colours = dataset_palette(segment.settings.dataset, len(names))
+    try:
+        for folder in folders[: 3 if confidence else 2]:
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        kept, known = json.dumps(names, ensure_ascii=False) + "\n", out / "classes.json"
+        if known.exists() and known.read_text("utf-8") != kept:
+            raise UserError(f"{out} has the masks of other classes than {', '.join(names[:5])}; "
+                            "choose another folder with --out")
+        write_text(known, kept)
+        failed, photos = [], read_ahead(Photos(files, segment.settings.scale), range(len(files)),
+                                        workers)
+        used, progress, waiting = set(), Progress("predict", len(files)), None
+        with (open(out / "predictions.jsonl.part", "w") as lines,
+              ThreadPoolExecutor(1) as writer):  # files are written while the network is at work
+            for path, loaded in itertools.chain(zip(files, photos), [(None, None)]):
+                if waiting is not None:
+                    lines.write(json.dumps(waiting.result()) + "\n")
+                    lines.flush()
+                    progress.advance()
+                if isinstance(loaded, str):
+                    print(f"error: {printable(loaded)}", file=sys.stderr)
+                    failed.append(path)
+                    waiting = writer.submit(dict, image=str(path), error=loaded)
+                elif loaded is not None:
+                    (image, view), sure = loaded, None
+                    view, size = view[None].to(device), image.shape[1:]
+                    if confidence or unknown_below:
+                        mask, sure = (x[0].cpu() for x in segment(view, size, stage, True)[stage])
+                        mask[sure < unknown_below] = VOID
+                    else:
+                        mask = segment(view, size, stage)[stage][0].cpu()
+                    waiting = writer.submit(
+                        write_prediction, out, safe_name(path, used), image, mask, names, colours,
+                        sure if confidence else None, dict(image=str(path), stage=stage))
+        progress.close()
+        (out / "predictions.jsonl.part").replace(out / "predictions.jsonl")
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error}") from None
+    print(f"{len(files) - len(failed)} images ({stage}) → {out}/")
+    if failed:
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise UserError(f"{len(failed)} of {len(files)} images could not be read: "
+                        + ", ".join(map(str, failed[:5])) + more)
+
+
+def write_prediction(out, name, image, mask, names, colours, sure, line):
+    """The files of one image, as `predict` says; returns its line with what is in them.
+
+    image: uint8 3×H×W; mask: int64 H×W; sure: H×W, the confidence, or None.
+    """
+    C, pixels = len(names), mask.flatten()
+    count = pixels.bincount(minlength=256)[:C]
+    area = 100 * count / len(pixels)
+    order = [k for k in area.argsort(descending=True).tolist() if count[k] > 0]
+    picture = Image.fromarray(mask.to(torch.uint8).numpy())
+    picture.putpalette(colours.flatten().tolist())
+    save_picture(picture, out / "masks" / f"{name}.png")
+    entries = [(f"{names[k]} {area[k]:.1f} %", colours[k]) for k in order]
+    save_picture(with_legend(image, mask, colours, entries), out / "overlays" / f"{name}.png")
+    line |= dict(mask=f"masks/{name}.png", overlay=f"overlays/{name}.png", width=image.shape[2],
+                 height=image.shape[1], areas={names[k]: round(area[k].item(), 4) for k in order})
+    if sure is not None:
+        picture = Image.fromarray((255 * sure).round().to(torch.uint8).numpy())
+        save_picture(picture, out / "confidence" / f"{name}.png")
+        mean = pixels.bincount(sure.flatten().double(), minlength=256)[:C] / count
+        line["confidence"] = {names[k]: round(mean[k].item(), 4) for k in order}
+    return line
 
 
 def with_legend(image, mask, colours, entries, longest=1000, least=420):
@@ -779,11 +825,15 @@ def with_legend(image, mask, colours, entries, longest=1000, least=420):
     sheet = Image.new("RGB", (names.width, picture.height + 8 + names.height), "white")
     sheet.paste(picture, (0, 0))
     sheet.paste(names, (0, picture.height + 8))
+    sheet.encoderinfo = dict(compress_level=1)  # most of the time would go into the last tenth
     return sheet
 
 
 # ------------------------------------------------------------------------------------------------
 # The command
+
+PAMR = {"shapes": (2, (1, 2, 4, 8))}  # steps and dilations, elsewhere NACLIP's:
+NACLIP_PAMR = 10, (8, 16)
 
 
 def newest_checkpoint(folder=Path("runs")):
@@ -795,12 +845,6 @@ def newest_checkpoint(folder=Path("runs")):
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def checkpoint_in(path):
-    """A run's folder stands for the checkpoint in it: the student's where there is one."""
-    found = [path / name for name in ("distill.pt", "reclip.pt") if (path / name).exists()]
-    return found[0] if found else path
-
-
 def open_segmenter(args, path, device):
     """The Segmenter of a checkpoint, ours or the authors', or, without a path, of --classes.
 
@@ -808,35 +852,46 @@ def open_segmenter(args, path, device):
     """
     options = dict(device=device, source=args.clip, slide=args.slide, amp=use_amp(args.amp, device),
                    pd=None if args.no_pd else "recipe" if args.pd is None else args.pd)
-    state = None if path is None else authors_state(path)
+    state, network, folder = None if path is None else authors_state(path), path, None
     if path is not None and state is None:
-        if args.surgery or args.activation or args.preset:
-            raise UserError(f"--surgery, --activation and --preset are what {path} was trained "
-                            "with; they cannot be changed afterwards")
-        segment = Segmenter(path, **options)
-        segment.folder = path.parent
-        if not segment.finished:
-            print(f"{path} is not finished: the command that made it goes on")
-        return segment
-    dataset = args.dataset or ("shapes" if args.clip == "shapes-tiny" else "folder")
-    if path is not None and dataset not in CLASSES:
-        raise UserError(f"{path} is a checkpoint of the authors' program; say with --dataset which "
-                        f"data set it is of: {', '.join(CLASSES)}")
-    method, preset = ("maskclip", "release") if path is None else authors_method(state)
-    if method == "reclip" and args.preset is None:
-        print(f"{path} says nothing of its preset; taken for one of 2024, --preset {preset}")
-    preset = args.preset or preset
-    s = argparse.Namespace(**recipe(dataset, preset, method), dataset=dataset, preset=preset,
-                           method=method, data_root=args.data_root, seed=0, workers=0)
-    s.clip, s.surgery = args.clip or s.clip, args.surgery or s.surgery
-    classes = CLASSES[dataset] if path else parse_classes(args.classes)
-    model = load_clip(s.clip, args.activation or "quick_gelu", device)
-    network = (plain_maskclip(model, classes, s) if path is None else
-               from_authors(state, model, classes, query_features(model, classes), s))
+        if args.surgery or args.sigma or args.activation or args.preset:
+            raise UserError(f"--surgery, --sigma, --activation and --preset are what {path} was "
+                            "trained with; they cannot be changed afterwards")
+    else:
+        dataset = args.dataset or ("shapes" if args.clip == "shapes-tiny" else "folder")
+        if path is not None and dataset not in CLASSES:
+            raise UserError(f"{path} is a checkpoint of the authors' program; say with --dataset "
+                            f"which data set it is of: {', '.join(CLASSES)}")
+        method, preset = ("maskclip", "release") if path is None else authors_method(state)
+        if method == "reclip" and args.preset is None:
+            print(f"{path} does not say its preset; taken for a file of 2024, --preset {preset}")
+        preset, given = args.preset or preset, {key: getattr(args, key) for key in
+                                                ("clip", "surgery", "sigma") if getattr(args, key)}
+        s = argparse.Namespace(**recipe(dataset, preset, method) | given, dataset=dataset, seed=0,
+                               preset=preset, method=method, data_root=args.data_root, workers=0)
+        classes = CLASSES[dataset] if path else parse_classes(args.classes)
+        model = load_clip(s.clip, args.activation or "quick_gelu", device)
+        network = (plain_maskclip(model, classes, s) if path is None else
+                   from_authors(state, model, classes, query_features(model, classes), s))
+        folder = Path("runs", f"authors-{path.stem}" if path else "maskclip")
     segment = Segmenter(network, **options)
-    segment.path = path
-    segment.folder = Path("runs") / (f"authors-{path.stem}" if path else "maskclip")
+    segment.path, segment.folder = path, folder or path.parent
+    default = PAMR.get(segment.settings.dataset, NACLIP_PAMR)
+    if args.pamr is not None:
+        segment.pamr = args.pamr or default[0], tuple(args.dilations or default[1])
+    if not segment.finished:
+        print(f"{path} is not finished: the command that made it goes on")
     return segment
+
+
+def open_split(args, segment, split):
+    """A split of the data set that a Segmenter is evaluated on, by default of its own."""
+    s = segment.settings
+    dataset, labels = args.dataset or s.dataset, args.labels or getattr(s, "labels", None)
+    folder = dict(classes=segment.classes, labels=labels, offset=(
+        getattr(s, "labels_offset", None) if args.labels_offset is None else args.labels_offset)
+        or 0) if dataset == "folder" else {}
+    return open_dataset(dataset, args.data_root or s.data_root, split, seed=s.seed, **folder)
 
 
 def parse_arguments(argv):
@@ -845,15 +900,20 @@ def parse_arguments(argv):
         raise UserError("the papers' tables have a program of their own: python tests/tables.py")
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--checkpoint", type=path, nargs="+", help="one or several, or folders of runs (default: "
-         "the newest under runs/)")
+    flag("--checkpoint", type=user_path, nargs="+", help="one or several files, or folders of "
+         "runs: distill.pt in them, else reclip.pt (default: the newest under runs/)")
     flag("--dataset", help="default: the one it was trained on")
-    flag("--data-root", type=path, help="default: where it was trained")
+    flag("--data-root", type=user_path, help="default: where it was trained")
+    flag("--labels", type=user_path, help="for folder: the labels of its images, ID.png")
+    flag("--labels-offset", type=natural, help="1 where label 0 is none of the classes")
     flag("--split", choices=("val", "train"), default="val")
     flag("--clip", help="where the checkpoint's CLIP is, if not where it was; without a checkpoint "
          "of ours, a name or a file (default: ViT-B/16)")
     flag("--pd", type=share, help="prompt denoising of the rectified logits (default: recipe's)")
     flag("--no-pd", action="store_true", help="no prompt denoising")
+    flag("--pamr", type=count, nargs="?", const=0, metavar="STEPS", help="masks refined by the "
+         "image, too (default: 10 steps, on the demo 2)")
+    flag("--dilations", type=count, nargs="+", help="of PAMR (default: 8 16, on the demo 1 2 4 8)")
     flag("--slide", type=count, nargs=2, metavar=("WINDOW", "STRIDE"), help="sliding windows "
          "instead of whole images, in pixels of the resized image")
     flag("--count-absent", action="store_true", help="a class without a pixel counts as IoU 0, as "
@@ -866,54 +926,53 @@ def parse_arguments(argv):
     flag("--linear-probe", action="store_true", help="NOT unsupervised: train a linear classifier "
          "of the frozen features with the ground truth of the training images")
     flag("--probe-epochs", type=count, default=30, help="of its training (default: 30)")
-    flag("--out", type=path, help="folder for results and figures (default: the checkpoint's), or "
-         "for --images (default: predictions/ in it)")
+    flag("--out", type=user_path, help="folder for results and figures (default: the "
+         "checkpoint's), or for --images (default: predictions/ in it)")
     flag("--batch", type=count, default=16, help="images of one size that go through at once")
     flag("--workers", type=natural)
     flag("--device")
     flag("--amp", action=argparse.BooleanOptionalAction)
     group = parser.add_argument_group("your own images")
     flag = group.add_argument
-    flag("--images", type=path, nargs="+", metavar="PATH", help="files and folders: masks, "
+    flag("--images", type=user_path, nargs="+", metavar="PATH", help="files and folders: masks, "
          "overlays and class areas of these, instead of an evaluation. One that cannot be read is "
          "named on stderr, the others are done all the same, and the exit code is 2")
+    flag("--confidence", action="store_true", help="the probability of every pixel's class as well")
+    flag("--unknown-below", type=share, metavar="P", help="255, no class, where that is less than P")
     flag("--method", choices=("maskclip",), help="show the Query's masks, without rectification")
     flag("--classes", help='with --method maskclip, without a checkpoint: "cat, dog, sofa", or a '
-         "text file with one name a line")
+         "text file with one class a line")
     group = parser.add_argument_group("what no checkpoint of ours tells")
     flag = group.add_argument
-    flag("--surgery", choices=("program", "value"), help="with --classes: keep residual and MLP of "
-         "CLIP's last block, or not")
+    flag("--surgery", choices=tuple(SURGERIES), help="with --classes: CLIP's last block")
+    flag("--sigma", type=positive, help="of naclip, in patches")
     flag("--activation", choices=("quick_gelu", "gelu"), help="that --clip was trained with "
          "(default: quick_gelu)")
     flag("--preset", choices=("release", "paper"), help="that a file of the authors belongs to "
          "(default: release, for ReCLIP paper)")
-    return parser.parse_args(argv)
-
-
-def check_arguments(args):
-    """Raises UserError for options that do not go together."""
+    args = parser.parse_args(argv)
     evaluates = [f"--{name.replace('_', '-')}" for name in (
         "bias", "figures", "linear_probe", "hypotheses", "count_absent") if getattr(args, name)]
-    several = len(args.checkpoint or []) > 1
     for wrong, message in (
         (args.slide and args.slide[1] > args.slide[0],
          f"--slide {args.slide}: a stride larger than the window leaves gaps"),
         (args.no_pd and args.pd is not None, "--pd and --no-pd contradict each other"),
+        (args.dilations and args.pamr is None, "--dilations goes with --pamr"),
         (args.images and evaluates,
          f"--images predicts, {''.join(evaluates[:1])} evaluates: one of the two at a time"),
-        (several and (args.images or args.hypotheses),
+        (len(args.checkpoint or []) > 1 and (args.images or args.hypotheses),
          "--images and --hypotheses take one --checkpoint"),
         (args.method and not args.images,
          "--method goes with --images; an evaluation shows every stage"),
+        ((args.confidence or args.unknown_below is not None) and not args.images,
+         "--confidence and --unknown-below go with --images"),
         (args.classes is not None and (args.method is None or args.checkpoint is not None),
          "--classes goes with --images and --method maskclip, without a checkpoint, which has its "
          "own class names"),
-        (world() > 1 and (args.images or args.linear_probe),
-         "--images and --linear-probe run in one process, without torchrun"),
     ):
         if wrong:
             raise UserError(message)
+    return args
 
 
 def assess(segment, data, args, device, bins):
@@ -927,8 +986,7 @@ def assess(segment, data, args, device, bins):
     confusions = evaluate(segment, data, s.scale, device, args.batch, workers, bins)
     probed, results = {}, {}
     if args.linear_probe:
-        truth = open_dataset(data.name, args.data_root or s.data_root, "train",
-                             segment.classes if data.name == "folder" else None, s.seed)
+        truth = open_split(args, segment, "train")
         if not truth.has_labels:
             raise UserError(f"--linear-probe: {data.name} has no training labels")
         print("The linear probe is trained with ground truth: supervised, by definition.")
@@ -938,12 +996,16 @@ def assess(segment, data, args, device, bins):
         data.name, data.split, segment.slide, args.count_absent) == (s.dataset, "val", None, False)
     for stage, confusion in (confusions | probed).items():
         result = scores(confusion.sum(0) if confusion.dim() == 3 else confusion, args.count_absent)
-        result["iou"] = dict(zip(data.classes, result["iou"]))
-        pd = segment.pd if stage == "rectified" else None
+        result["iou"] = dict(zip(map(called, data.classes), result["iou"]))
+        pd = segment.pd if stage in ("rectified", "rectified_pamr") else None
         result |= dict(dataset=data.name, split=data.split, images=len(data),
                        slide=None if stage in probed else args.slide, pd=pd,
                        count_absent=args.count_absent,
-                       standard=standard and (stage != "rectified" or pd == s.pd))
+                       standard=standard and (pd == s.pd or not stage.startswith("rectified")
+                                              or stage.endswith("no_pd")))
+        if stage.endswith("_pamr"):
+            result["pamr"] = segment.pamr
+            result["standard"] &= segment.pamr == PAMR.get(s.dataset, NACLIP_PAMR)
         if getattr(s, "use_ground_truth_void", False):  # not trained unsupervised
             result["trained_with_ground_truth_void"] = True
         if stage in probed:
@@ -978,32 +1040,15 @@ def draw_figures(shown, data, confusions, device, out):
         print(f"→ {out / name}.png")
 
 
-def predict_images(args, segment, out, device):
-    """--images. Raises UserError, after all are done, where some could not be read."""
-    stage = args.method or segment.names[-1]
-    if stage not in segment.names:
-        raise UserError(f"--method {stage}: this checkpoint has only {', '.join(segment.names)}")
-    print(f"masks of {segment.path or 'CLIP alone'}")
-    files = find_images(args.images)
-    workers = segment.settings.workers if args.workers is None else args.workers
-    try:
-        failed = predict(segment, stage, files, out, device, workers)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error}") from None
-    print(f"{len(files) - len(failed)} images ({stage}) → {out}/")
-    if failed:
-        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
-        raise UserError(f"{len(failed)} of {len(files)} images could not be read: "
-                        + ", ".join(map(str, failed[:5])) + more)
-
-
 @clean_exit
 def main(argv=None):
     args = parse_arguments(argv)
     device = pick_device(args.device)
-    check_arguments(args)
+    if world() > 1 and (args.images or args.linear_probe):
+        raise UserError("--images and --linear-probe run in one process, without torchrun")
     paths = [None] if args.classes is not None else [
-        checkpoint_in(path) for path in args.checkpoint or [newest_checkpoint()]]
+        checkpoint_in(path, "distill.pt", "reclip.pt")
+        for path in args.checkpoint or [newest_checkpoint()]]
     if args.figures and len(paths) == 1 and paths[0].name in ("reclip.pt", "distill.pt"):
         both = [paths[0].with_name(name) for name in ("reclip.pt", "distill.pt")]
         paths = [path for path in both if path in paths or path.exists()]
@@ -1011,17 +1056,22 @@ def main(argv=None):
     first = segmenters[0]
     s, out = first.settings, args.out or first.folder
     if args.images:
-        return predict_images(args, first, args.out or out / "predictions", device)
+        stage = (args.method or first.names[-1]) + "_pamr" * (args.pamr is not None)
+        if args.method and args.method not in first.names:
+            raise UserError(f"--method {args.method}: this checkpoint has only "
+                            f"{', '.join(first.names)}")
+        print(f"masks of {first.path or 'CLIP alone'}")
+        workers = s.workers if args.workers is None else args.workers
+        return predict(first, stage, find_images(args.images), args.out or out / "predictions",
+                       device, workers, args.confidence, args.unknown_below or 0.0)
 
-    dataset, root = args.dataset or s.dataset, args.data_root or s.data_root
-    own_names = first.classes if dataset == "folder" else None
-    data = open_dataset(dataset, root, args.split, own_names, s.seed)
+    data = open_split(args, first, args.split)
     for segment in segmenters:
         if data.classes != segment.classes:
             raise UserError(f"{segment.path} was made for other classes "
-                            f"({', '.join(segment.classes[:5])}, …) than {dataset}'s")
+                            f"({', '.join(segment.classes[:5])}, …) than {data.name}'s")
     if not data.has_labels:
-        print(f"{dataset} has no labels to compare with; masks of images: python evaluate.py "
+        print(f"{data.name} has no labels to compare with; masks of images: python evaluate.py "
               f"--checkpoint {first.path} --images …")
         return
     make_folder(out)
@@ -1038,28 +1088,29 @@ def main(argv=None):
         named = {names[stage]: result for stage, result in own.items()}
         if rank() == 0:
             save_results((args.out or segment.folder) / "results.json", named if args.out else own)
-        drawn = {stage: names[stage] for stage in found
-                 if names[stage] not in confusions and not stage.endswith("_no_pd")}
+        drawn = {stage: name for stage, name in names.items()
+                 if stage in segment.names and name not in confusions}
         shown.append((segment, drawn))
         confusions |= {name: found[stage] for stage, name in drawn.items()}
         results |= named
-    print(table(results, first.classes))
+    print(table(results, [*map(called, first.classes)]))
     if bins:
-        biased = {name: result for name, result in results.items() if "distance_curve" in result}
-        print("\n" + bias_table(biased))
+        objects = next(result["objects"] for result in results.values() if "objects" in result)
+        print(f"(objects: {objects}; distance of their centroids from the centre, relative to half "
+              "the diagonal)")
     if args.hypotheses:
         if first.student or s.hypothesis == "none" or first.folder != first.path.parent:
             raise UserError(f"--hypotheses: {first.path} was not trained with hypotheses of its "
                             "own")
-        images, network = open_dataset(dataset, root, "train", own_names, s.seed), first.network
+        images, network = open_split(args, first, "train"), first.network
         hypothesis = make_hypotheses(images, network.model, network.rectifier.Wq, s,
-                                     hypotheses_file(first.path, s), device)
+                                     hypotheses_folder(first.path, s), device)
         precision, recall = hypothesis_quality(hypothesis, images)
         print(f"hypotheses of {len(images)} training images: precision {precision:.1f} %, recall "
               f"{recall:.1f} %")
     if args.figures and rank() == 0:
         draw_figures(shown, data, confusions, device, out)
-    print(f"{', '.join(map(str, paths))}: {len(data)} images of {dataset} {args.split} → "
+    print(f"{', '.join(map(str, paths))}: {len(data)} images of {data.name} {args.split} → "
           f"{out / 'results.json'}")
     return results
 

@@ -801,7 +801,8 @@ def write_prediction(out, name, image, mask, names, colours, sure, line):
     area = 100 * count / len(pixels)
     order = [k for k in area.argsort(descending=True).tolist() if count[k] > 0]
     picture = Image.fromarray(mask.to(torch.uint8).numpy())
-    picture.putpalette(colours.flatten().tolist())
+    # With all 256 colours: Pillow would store fewer in fewer bits, which have no 255.
+    picture.putpalette(F.pad(colours, (0, 0, 0, 256 - C)).flatten().tolist())
     save_picture(picture, out / "masks" / f"{name}.png")
     entries = [(f"{names[k]} {area[k]:.1f} %", colours[k]) for k in order]
     save_picture(with_legend(image, mask, colours, entries), out / "overlays" / f"{name}.png")

@@ -618,11 +618,11 @@ def class_shares(labels, C, view, padded, grid):
     return torch.stack([F.adaptive_avg_pool2d((one == classes).float(), grid) for one in labels])
 
 
-def linear_probe(segment, data, device, epochs=30, batch=16, workers=0, seed=0, memory=4):
+def linear_probe(segment, data, device, epochs=60, batch=16, workers=0, seed=0, memory=4):
     """One 1×1 classifier on each stage's frozen features, trained with the ground truth of `data`.
 
     segment: a Segmenter. Features are standardised first (BatchNorm without parameters, so the
-    classifier stays linear); cross-entropy against the classes' shares of a cell; AdamW, 3e-3, down
+    classifier stays linear); cross-entropy against the classes' shares of a cell; AdamW, 1e-2, down
     to 0 along a cosine over `epochs` of all images. CLIP and the student are frozen, so what they
     say is kept after the first epoch where it fits into `memory` GiB (on the device).
 
@@ -662,7 +662,7 @@ def linear_probe(segment, data, device, epochs=30, batch=16, workers=0, seed=0, 
                 probes[name] = nn.Sequential(nn.BatchNorm2d(K, affine=False), nn.Conv2d(K, C, 1))
             optimizer = torch.optim.AdamW(probes.to(device).parameters())
         done = progress.done / progress.total
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 + math.cos(math.pi * done)) / 2
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * done)) / 2
         loss = 0.0
         for name, feature in features.items():
             log_p = probes[name](feature.float()).log_softmax(1)
@@ -926,7 +926,7 @@ def parse_arguments(argv):
          "and distance.png, of the checkpoints given, or of both in a folder")
     flag("--linear-probe", action="store_true", help="NOT unsupervised: train a linear classifier "
          "of the frozen features with the ground truth of the training images")
-    flag("--probe-epochs", type=count, default=30, help="of its training (default: 30)")
+    flag("--probe-epochs", type=count, default=60, help="of its training (default: 60)")
     flag("--out", type=user_path, help="folder for results and figures (default: the "
          "checkpoint's), or for --images (default: predictions/ in it)")
     flag("--batch", type=count, default=16, help="images of one size that go through at once")

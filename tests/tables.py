@@ -3,10 +3,9 @@
     python tests/tables.py                                              on the demo
     python tests/tables.py --dataset voc --data-root DIR --preset paper
 
-Trains and evaluates whatever the tables need, by dozens of runs of reclip.py and distill.py, and
-writes tables.md, tables.json and fig3.png. Goes on where it was interrupted; several may run at
-once, each with other --seeds. Options of the three scripts alike, such as --device, --clip and
---workers, are passed on to them; what a run prints goes to log.txt in its folder.
+Makes tables.md, tables.json and fig3.png by dozens of runs of the three scripts, each with a
+log.txt in its folder. Goes on where it was interrupted; several may run at once, each with other
+--seeds. Options that the scripts share, such as --device and --workers, are passed on to them.
 """
 
 import contextlib
@@ -36,8 +35,7 @@ RECTIFIED = {
     "reclip": "--method reclip",
     "reclip++": "",
     "reclip-decoder": "--method reclip --decoder --mask-temperature {soft}",
-    "reclip-decoder-crops":
-        "--method reclip --decoder --mask-temperature {soft} --hypothesis crops",
+    "reclip-decoder-crops": "--method reclip --decoder --hypothesis crops --mask-temperature {soft}",
     "reclip-reference": "--method reclip --bias reference",
     "reclip-reference-query": "--method reclip --bias reference --learn-query",
     "reclip-add": "--method reclip --add",
@@ -68,14 +66,10 @@ TABLES = (
         ("ReCLIP++, distilled", "reclip++-distilled", "79.2 34.5 14.5 26.9 23.2"),
         ("IIC, linear probe", "–", "9.8 – – 6.4 6.7"),
         ("SegSort, linear probe", "–", "11.7 – – – 16.4"),
-        ("Deep Spectral Methods", "–", "37.2 – – – –"),
-        ("HSG", "–", "41.9 – – – 23.8"),
-        ("ACSeg", "–", "47.1 – – – 16.4"),
-        ("MaskContrast, linear probe", "–", "49.6 – – – –"),
-        ("EAGLE", "–", "– – – 22.1 27.2"),
-        ("DepthSeg", "–", "– – – 23.1 29.0"),
-        ("CLIPpy", "–", "54.6 – 13.5 22.3 –"),
-        ("ReCo", "–", "55.2 26.2 – 19.3 26.3"),
+        ("Deep Spectral Methods", "–", "37.2 – – – –"), ("HSG", "–", "41.9 – – – 23.8"),
+        ("ACSeg", "–", "47.1 – – – 16.4"), ("MaskContrast, linear probe", "–", "49.6 – – – –"),
+        ("EAGLE", "–", "– – – 22.1 27.2"), ("DepthSeg", "–", "– – – 23.1 29.0"),
+        ("CLIPpy", "–", "54.6 – 13.5 22.3 –"), ("ReCo", "–", "55.2 26.2 – 19.3 26.3"),
         ("ReCo, no context elimination", "–", "54.8 23.1 – 18.2 20.8"),
         ("CLIP-S4", "–", "72.0 33.6 – – –"))),
     ("Table I: linear probes, which are trained with ground truth", "VOC Cityscapes Stuff", 3, (
@@ -91,14 +85,11 @@ TABLES = (
         ("+ hypotheses of crops", "reclip-decoder-crops", "70.4 33.1"),
         ("+ independent biases (ReCLIP++)", "reclip++", "73.5 34.0"))),
     ("Table IV: should the Query be learned?", "VOC Context", -1, (
-        ("learned", "query", "71.6 32.1"),
-        ("fixed (ReCLIP++)", "reclip++", "73.5 34.0"))),
+        ("learned", "query", "71.6 32.1"), ("fixed (ReCLIP++)", "reclip++", "73.5 34.0"))),
     ("Table V: subtract or add the bias", "VOC Context", -1, (
-        ("add", "add", "72.4 32.9"),
-        ("subtract (ReCLIP++)", "reclip++", "73.5 34.0"))),
+        ("add", "add", "72.4 32.9"), ("subtract (ReCLIP++)", "reclip++", "73.5 34.0"))),
     ("Table VI: fine-tuning CLIP's image encoder", "VOC Context", -1, (
-        ("fine-tuned", "tune-encoder", "1.2 0.4"),
-        ("frozen (ReCLIP++)", "reclip++", "73.5 34.0"))),
+        ("fine-tuned", "tune-encoder", "1.2 0.4"), ("frozen (ReCLIP++)", "reclip++", "73.5 34.0"))),
     ("Table VII: class-preference score", "Context", 0, (
         ("MaskCLIP", "maskclip class_preference", "0.29"),
         ("MaskCLIP+", "maskclip+ class_preference", "0.31"),
@@ -139,16 +130,20 @@ TABLES = (
         ("mask, feature", "reclip-mask-feature", "74.1"),
         ("mask, feature, text", "reclip-distilled", "75.4"))),
     ("Not in the papers' tables, rectified", "–", None, (
-        ("ReCLIP++", "reclip++", "–"),
-        ("cosine pooling", "cosine", "–"),
+        ("ReCLIP++", "reclip++", "–"), ("cosine pooling", "cosine", "–"),
         ("Wr normalised per class", "class-norm", "–"),
-        ("no bias subtracted", "no-bias", "–"),
-        ("no decoder", "no-decoder", "–"))),
+        ("no bias subtracted", "no-bias", "–"), ("no decoder", "no-decoder", "–"))),
 )
 CONTRADICTIONS = {  # of the papers: (run, data set)
     ("reclip-distilled", "VOC"): "75.4 in the conference paper, 75.8 in the extended one",
     ("reclip++", "Stuff"): "21.2 in Table I, 20.9 in Table II",
 }
+# Other last blocks: as a mask, on VOC, Context, ADE and Cityscapes, with sliding windows and lists
+# of synonyms, by the papers of ClearCLIP (the first three), SCLIP and NACLIP.
+BLOCKS = {"program": "74.9 26.4 9.8 12.6", "value": "61.4 28.3 13.6 24.7",
+          "clearclip": "80.9 35.9 16.7 30.0", "sclip": "80.4 34.2 16.1 32.2",
+          "naclip": "79.7 35.2 17.4 35.5", "naclip pamr": "83.0 38.4 19.1 38.3"}
+STAGES = {"masks": "maskclip", "rectified": "reclip++", "distilled": "reclip++-distilled"}
 SWEEPS = {  # of Fig. 3, beside the recipe's own values
     "shapes": dict(threshold=(0.0, 0.24, 0.36, 0.48), crop_ratio=(1 / 4, 1 / 3, 2 / 3, 1.0)),
     "others": dict(threshold=(0.0, 0.035, 0.07, 0.14), crop_ratio=(1 / 12, 1 / 8, 1 / 4, 1 / 3)),
@@ -156,7 +151,7 @@ SWEEPS = {  # of Fig. 3, beside the recipe's own values
 
 
 def all_runs(dataset, preset="release"):
-    """What there is to run, and the tables, with τ1 and Fig. 3 filled in.
+    """What there is to run, and the tables, with τ1, other last blocks and Fig. 3 filled in.
 
     Returns {run: (teacher or None, flags)}, teachers before students, and a list of
     dict(title, data_sets, reference, rows), each row a dict(label, run, measure, papers); run is
@@ -166,7 +161,21 @@ def all_runs(dataset, preset="release"):
     soft, sharp = (recipe(dataset, preset, method)["mask_temperature"]
                    for method in ("reclip++", "reclip"))
     runs = {run: (None, flags.format(sharp=sharp, soft=soft)) for run, flags in RECTIFIED.items()}
-    tables = list(TABLES)
+    students, tables = dict(DISTILLED), list(TABLES)
+    for kind, run in STAGES.items():
+        rows, theirs = [], BLOCKS if kind == "masks" else {}
+        for block in list(BLOCKS)[:5]:
+            name = run if block == own["surgery"] else f"{run}-{block}"
+            if kind == "distilled":
+                students.setdefault(name, (name.replace("-distilled", ""), ""))
+            else:  # the demo's grid is small
+                sigma = " --sigma 2" * (block == "naclip" and dataset == "shapes")
+                flags = f"{RECTIFIED[run]} --surgery {block}{sigma}"
+                runs.setdefault(name, (None, flags))
+            for label, refined in ((block, ""), (f"{block}, PAMR", " pamr")):
+                rows.append((label, name + refined, theirs.get(block + refined, "– – – –")))
+        tables.append((f"Other last blocks, {kind}; theirs with sliding windows and synonyms",
+                       "VOC Context ADE Cityscapes", 0, rows))
     for letter, key, title in (("t", "threshold", "Fig. 3 a: threshold t of the hypotheses"),
                                ("r", "crop_ratio", "Fig. 3 b: relative size r of the crops")):
         rows = []
@@ -174,10 +183,10 @@ def all_runs(dataset, preset="release"):
             run = "reclip++" if value == own[key] else f"{letter}-{value:.3g}"
             runs.setdefault(run, (None, f"--{key.replace('_', '-')} {value}"))
             rows.append((f"{letter} = {value:.3g}", run, "–"))
-        rows.append(("global hypotheses", "global", "–"))
-        tables.append((f"{title}, rectified", "–", None, rows))
+        tables.append((f"{title}, rectified", "–", None,
+                       [*rows, ("global hypotheses", "global", "–")]))
     number = lambda text: None if text == "–" else float(text)
-    return runs | DISTILLED, [dict(title=title, data_sets=names.split(), reference=reference, rows=[
+    return runs | students, [dict(title=title, data_sets=names.split(), reference=reference, rows=[
         dict(label=label, run=run.split()[0], measure=(run.split() + ["miou"])[1],
              papers=[*map(number, papers.split())]) for label, run, papers in rows])
         for title, names, reference, rows in tables]
@@ -197,17 +206,19 @@ def command(run, seed, runs, args):
     words = ["--dataset", args.dataset, "--seed", str(seed), *preset, *flags.split(), *out]
     s = reclip.settings_of(reclip.parse_arguments(words))
     kind = s.hypothesis + (f"-{s.crop_ratio:.3g}" if s.hypothesis == "crops" else "")
+    kind += f"-{s.surgery}" * ("--surgery" in words and s.views > 0)  # which depend on it
     return reclip, [*words, "--cache", f"{args.out}/cache-{kind}-{seed}"]
 
 
 def measured(folder, teacher, flags):
-    """{measure: value} in a run's results.json: of its own stage, and its linear probe's mIoU."""
+    """{measure: value} in a run's results.json, of its own stage."""
     file = Path(folder) / "results.json"
     stage = "distilled" if teacher else "maskclip" if "maskclip" in flags else "rectified"
     results = json.loads(file.read_text("utf-8")) if file.exists() else {}
     results = {name: result for name, result in results.items() if result.get("standard")}
-    probe = results.get(f"linear_probe_{stage}")
-    return results.get(stage, {}) | ({"linear_probe": probe["miou"]} if probe else {})
+    others = dict(linear_probe=f"linear_probe_{stage}", pamr=f"{stage}_pamr")
+    return results.get(stage, {}) | {measure: results[name]["miou"]
+                                     for measure, name in others.items() if name in results}
 
 
 class Quiet:
@@ -227,8 +238,8 @@ class Quiet:
 def make_runs(runs, tables, args):
     """Train and evaluate whatever the tables need and is not there yet.
 
-    A run's folder keeps the command that made it: with another one it is left to its script to go
-    on, or to refuse.
+    A run's folder keeps the command that made it: after another one its script decides whether to
+    go on or to refuse.
     """
     needed, todo, total = {run: set() for run in runs}, [], len(args.seeds) * len(runs)
     for row in itertools.chain(*(table["rows"] for table in tables)):
@@ -248,8 +259,8 @@ def make_runs(runs, tables, args):
             with contextlib.redirect_stdout(Quiet(file)):
                 script.main(words)
                 missing = needed[run] - measured(folder, *runs[run]).keys()
-                flags = ["--linear-probe"] * ("linear_probe" in missing)
-                flags += ["--bias"] * any(measure.endswith("preference") for measure in missing)
+                flags = {"--bias" if measure.endswith("preference") else
+                         f"--{measure.replace('_', '-')}" for measure in missing}
                 if flags:
                     evaluate.main(["--checkpoint", f"{folder}/{script.__name__}.pt", *flags,
                                    *args.passed_on])
@@ -262,18 +273,15 @@ def make_runs(runs, tables, args):
 # Tables
 
 
-def direction(ours, reference, theirs, their_reference, smallest=0.5):
+def direction(differences, gaps, smallest=0.5):
     """Whether a row is on the same side of its table's reference row as in the paper.
 
-    ours, reference: a value a seed; theirs, their_reference: a number, or None, for each of their
-    data sets, over which the mean counts. "same" or "opposite", or "within s.d." where our mean
-    difference is within one standard deviation (over the seeds) of the difference. None where that
-    cannot be told, or where the mean difference, ours or theirs, is below `smallest`.
+    differences: ours, one a seed; gaps: theirs, one a data set, of which the mean counts. "same" or
+    "opposite", or "within s.d." where our mean is within one standard deviation of 0. None where
+    that cannot be told, or where a mean, ours or theirs, is below `smallest`.
     """
-    gaps = [a - b for a, b in zip(theirs, their_reference) if None not in (a, b)]
-    if not gaps or None in (*ours, *reference) or len(ours) < 2:
+    if not gaps or len(differences) < 2:
         return None
-    differences = [a - b for a, b in zip(ours, reference)]
     mean, gap = statistics.mean(differences), statistics.mean(gaps)
     if min(abs(mean), abs(gap)) < smallest - 1e-9:  # 0.34 - 0.33 counts as 0.01
         return None
@@ -282,30 +290,25 @@ def direction(ours, reference, theirs, their_reference, smallest=0.5):
     return "same" if mean * gap > 0 else "opposite"
 
 
-def mean_and_sd(values):
-    """Mean and standard deviation of a value a seed; None where there is none."""
-    known = values and None not in values
-    return (statistics.mean(values) if known else None,
-            statistics.stdev(values) if known and len(values) > 1 else None)
-
-
 def collect(tables, runs, args):
     """Add to each row of the tables of `all_runs`, for tables.json: our values, a value a seed, n,
-    mean and sd, and difference (mean and sd) and direction from the table's reference row."""
+    mean and sd (None where there is none), and its difference from the table's reference row."""
+    mean = lambda values: statistics.mean(values) if values else None
+    sd = lambda values: statistics.stdev(values) if len(values) > 1 else None
+    minus = lambda pairs: [a - b for a, b in pairs if None not in (a, b)]
+    for row in itertools.chain(*(table["rows"] for table in tables)):
+        values = [measured(args.out / f"{row['run']}-{seed}", *runs[row["run"]])[row["measure"]]
+                  for seed in args.seeds if row["run"] in runs]
+        known = [] if None in values else values
+        row |= dict(seeds=args.seeds, values=values, n=len(values), mean=mean(known), sd=sd(known))
     for table in tables:
         for row in table["rows"]:
-            values = [measured(args.out / f"{row['run']}-{seed}", *runs[row["run"]])[row["measure"]]
-                      for seed in args.seeds if row["run"] in runs]
-            mean, sd = mean_and_sd(values)
-            row |= dict(seeds=args.seeds, values=values, n=len(values), mean=mean, sd=sd,
-                        difference=(None, None), direction=None)
-        for row in table["rows"] if table["reference"] is not None else ():
-            other = table["rows"][table["reference"]]
-            row["difference"] = mean_and_sd([None if None in pair else pair[0] - pair[1]
-                                             for pair in zip(row["values"], other["values"])])
-            row["direction"] = "reference" if row is other else direction(
-                row["values"], other["values"], row["papers"], other["papers"],
-                0.01 if row["measure"].endswith("preference") else 0.5)
+            other = {} if table["reference"] is None else table["rows"][table["reference"]]
+            ours = minus(zip(row["values"], other.get("values", [])))
+            gaps = minus(zip(row["papers"], other.get("papers", [])))
+            smallest = 0.01 if row["measure"].endswith("preference") else 0.5
+            row |= dict(difference=mean(ours), difference_sd=sd(ours), direction=(
+                "reference" if row is other else direction(ours, gaps, smallest)))
 
 
 NOTE = """Ours: mean ± standard deviation over n = {n} seeds ({seeds}), on the validation images of
@@ -329,25 +332,24 @@ def markdown(tables, runs, args):
     lines = [NOTE.format(n=len(args.seeds), seeds=", ".join(map(str, args.seeds)),
                          dataset=args.dataset, preset=args.preset)]
     for table in tables:
-        theirs = [f"*theirs, {name}*".replace(", –", "") for name in table["data_sets"]]
+        notes, theirs = [], [f"*theirs, {name}*".replace(", –", "") for name in table["data_sets"]]
         heads = ["", f"ours, {args.dataset}", *theirs, "direction", "run"]
         lines += [f"### {table['title']}\n", line(heads), "|---" * len(heads) + "|"]
         for row in table["rows"]:
             form = ".2f" if row["measure"].endswith("preference") else ".1f"
-            show = lambda mean, sd, sign="": f"{mean:{sign}{form}}" + (
+            spread = lambda mean, sd, sign="": f"{mean:{sign}{form}}" + (
                 "" if sd is None else f" ± {sd:{form}}")
-            ours = "not run" if row["run"] == "–" else (
-                "–" if row["mean"] is None else show(row["mean"], row["sd"]))
-            theirs = ["–" if value is None else f"*{value:{form}}*" +
-                      "\\*" * ((row["run"], name) in CONTRADICTIONS)
-                      for name, value in zip(table["data_sets"], row["papers"])]
+            ours = ("not run" if row["run"] == "–" else "–" if row["mean"] is None else
+                    spread(row["mean"], row["sd"]))
+            noted = [CONTRADICTIONS.get((row["run"], name)) for name in table["data_sets"]]
+            theirs = ["–" if value is None else f"*{value:{form}}*" + ("\\*" if note else "")
+                      for value, note in zip(row["papers"], noted)]
             verdict = {None: "–", "opposite": "**opposite**"}.get(row["direction"], row["direction"])
-            if row["direction"] != "reference" and row["difference"][0] is not None:
-                verdict = f"{show(*row['difference'], '+')}, {verdict}"
+            if row["difference"] is not None and verdict != "reference":
+                verdict = f"{spread(row['difference'], row['difference_sd'], '+')}, {verdict}"
             lines.append(line([row["label"], ours, *theirs, verdict, row["run"]]))
-        noted = [CONTRADICTIONS[row["run"], name] for row in table["rows"]
-                 for name in table["data_sets"] if (row["run"], name) in CONTRADICTIONS]
-        lines += [f"\n\\* The papers contradict each other: {'; '.join(noted)}."] * bool(noted) + [""]
+            notes += filter(None, noted)
+        lines += [f"\n\\* The papers contradict each other: {note}." for note in notes] + [""]
     lines += [f"### Runs, with seed {args.seeds[0]}\n", "| run | command |", "|---|---|"]
     for run in runs:
         script, words = command(run, args.seeds[0], runs, args)
@@ -356,10 +358,7 @@ def markdown(tables, runs, args):
 
 
 def sensitivity_figure(tables):
-    """Fig. 3: mIoU against t and r beside that of the global hypotheses; a PIL image.
-
-    tables: those of Fig. 3 with our numbers.
-    """
+    """Fig. 3, of its two tables: mIoU against t and r, and that of global hypotheses; PIL."""
     panels, point = [], lambda x, row: (x, row["mean"], row["sd"] or 0)
     for *rows, last in (table["rows"] for table in tables):
         xs = [float(row["label"].split()[-1]) for row in rows]
@@ -382,12 +381,9 @@ def main(argv=None):
     args.passed_on += ["--data-root", str(args.data_root)] if args.data_root else []
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: one is repeated")
-    if reclip.under_torchrun():
-        raise UserError("the tables are made in one process, without torchrun; several may run at "
-                        "once, each with other --seeds")
-    splits = () if args.dataset == "folder" else ("train", "val")
-    if not splits or not all(open_dataset(args.dataset, args.data_root, split).has_labels
-                             for split in splits):
+    if args.dataset == "folder" or not all(
+            open_dataset(args.dataset, args.data_root, split).has_labels
+            for split in ("train", "val")):
         raise UserError(f"the tables need labels to measure with; {args.dataset} lacks them")
     runs, tables = all_runs(args.dataset, args.preset)
     make_runs(runs, tables, args)

@@ -32,6 +32,7 @@ def few(monkeypatch, small_demo):
                                                                           ("reclip++-mask",)):
         values = getattr(tables, name)
         monkeypatch.setattr(tables, name, {key: values[key] for key in kept})
+    monkeypatch.setattr(tables, "STAGES", {})
     monkeypatch.setitem(tables.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
 
 
@@ -51,7 +52,7 @@ def test_every_row_has_a_command_and_every_command_parses(dataset, preset, tmp_p
     for table in rows:
         assert table["reference"] is None or table["rows"][table["reference"]]["run"] in runs
         assert all(len(row["papers"]) == len(table["data_sets"]) for row in table["rows"])
-    assert used - {"–"} == runs.keys()  # nothing is trained that no row shows
+    assert used - {"–"} == runs.keys() and len(runs) > 45  # nothing is trained that no row shows
     assert {teacher for teacher, _ in runs.values()} <= {None, *runs}
     passed_on = ["--device", "cpu", "--data-root", str(tmp_path)]
     args = options(tmp_path, 3, dataset=dataset, preset=preset, passed_on=passed_on)
@@ -76,7 +77,8 @@ def test_every_row_has_a_command_and_every_command_parses(dataset, preset, tmp_p
     caches = {}
     for s in found.values():
         caches.setdefault(s.cache, set()).add(
-            (s.hypothesis, s.crop_ratio if s.hypothesis == "crops" else None, s.surgery))
+            (s.hypothesis, s.crop_ratio if s.hypothesis == "crops" else None,
+             s.surgery if s.views else None))
     assert all(len(kinds) == 1 for kinds in caches.values())
 
 
@@ -99,22 +101,16 @@ def test_the_papers_agree_with_themselves():
 
 
 def test_direction_by_hand():
-    paper = ([70.0, None], [60.0, 50.0])
-    assert direction([5, 6, 8], [4, 4, 5], *paper) == "same"  # 1 2 3: mean 2, s.d. 1
-    assert direction([4, 4, 5], [5, 6, 8], *paper) == "opposite"
-    assert direction([4, 4, 5], [5, 6, 8], *reversed(paper)) == "same"
-    assert direction([5, 6, 0], [4, 4, 5], *paper) == "within s.d."  # 1 2 -5: mean -0.7
-    assert direction([5], [4], *paper) is None  # one seed has no s.d.
-    assert direction([5, None], [4, 4], *paper) is None
-    assert direction([5, 6], [4, 4], [None], [60.0]) is None
-    assert direction([5, 6], [4, 4], [60.0], [60.0]) is None
-    # Of several data sets the mean counts: +9 and -3.6.
-    assert direction([1, 1], [2, 2.1], [58.5, 16.2], [49.5, 19.8]) == "opposite"
+    assert direction([1, 2, 3], [10]) == "same"  # mean 2, s.d. 1
+    assert direction([-1, -2, -3], [10]) == direction([1, 2, 3], [-10]) == "opposite"
+    assert direction([1, 2, -5], [-9]) == "within s.d."
+    assert direction([-1, -1.1], [9, -3.6]) == "opposite"  # of several data sets the mean counts
+    assert direction([1], [9]) is None  # one seed has no s.d.
+    assert direction([], [9]) is direction([1, 2], []) is direction([1, 2], [0.0]) is None
     # Nothing is said of an effect that is too small, ours or theirs.
-    assert direction([52.62, 52.63], [52.6, 52.6], *paper) is None
-    assert direction([5, 6], [4, 4], [73.5], [73.2]) is None
-    assert direction([0.36, 0.37], [0.34, 0.34], [0.31], [0.29], 0.01) == "same"
-    assert direction([0.36, 0.37], [0.34, 0.34], [0.31], [0.29]) is None
+    assert direction([0.02, 0.03], [7.2]) is direction([1, 2], [0.3]) is None
+    assert direction([0.02, 0.03], [0.02], 0.01) == "same"
+    assert direction([0.02, 0.03], [0.34 - 0.33], 0.01) == "same"
 
 
 def test_means_and_marks_of_the_papers_numbers(few, tmp_path, monkeypatch):
@@ -136,11 +132,12 @@ def test_means_and_marks_of_the_papers_numbers(few, tmp_path, monkeypatch):
     runs, made = all_runs("shapes")
     collect(made, runs, args)
     first, second, *sweeps = made
+    assert len(sweeps) == 2
     maskclip, rectified, distilled, other = first["rows"]
     assert (maskclip["mean"], maskclip["n"]) == (53, 3)
     assert maskclip["sd"] == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
     assert (rectified["mean"], rectified["sd"]) == (43, 3)
-    assert rectified["difference"] == pytest.approx((-10, 1))
+    assert (rectified["difference"], rectified["difference_sd"]) == pytest.approx((-10, 1))
     assert rectified["papers"] == [73.5, 13.5] and maskclip["papers"] == [49.5, None]
     assert (other["mean"], other["n"], other["direction"]) == (None, 0, None)
     assert [row["direction"] for row in first["rows"][:3]] == ["reference", "opposite", "same"]
@@ -204,7 +201,7 @@ def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, cap
         make(0)
     assert trained == ["maskclip-0", "reclip++-0", "global-0"]
     assert not (tmp_path / "tables.json").exists()
-    assert (tmp_path / "reclip++-0" / "log.txt").read_text().count("hypotheses:") == 1
+    assert "classes per image" in (tmp_path / "reclip++-0" / "log.txt").read_text()
     stop = False
     capsys.readouterr()
     make(0)

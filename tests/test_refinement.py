@@ -1,7 +1,9 @@
 """evaluate.py: refined masks, confidence, prompt denoising beside none, several checkpoints."""
 
+import inspect
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,24 @@ def test_pamr_of_every_stage(small_demo, trained_demo, tmp_path, photo):
     assert lines()[0]["stage"] == "maskclip_pamr"
     mask = torch.from_numpy(np.array(Image.open("out/masks/a.png"))).long()
     assert torch.equal(mask, segment(view, (96, 96))["maskclip_pamr"][0])
+
+
+# ---- Linear probe ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_twice_as_many_epochs_do_not_change_a_probe(tiny_clip):
+    s = Namespace(**reclip.recipe("shapes", method="maskclip"), dataset="shapes", method="maskclip",
+                  preset="release", seed=100)
+    segment = Segmenter(reclip.plain_maskclip(tiny_clip, list(data.SHAPES), s))
+    train, val = (data.open_dataset("shapes", split=split, seed=100) for split in ("train", "val"))
+    epochs = inspect.signature(evaluate.linear_probe).parameters["epochs"].default
+    device, miou = torch.device("cpu"), []
+    for n in (epochs, 2 * epochs):
+        probe = evaluate.linear_probe(segment, train, device, n)
+        found = evaluate.evaluate(probe, val, s.scale, device)["linear_probe_maskclip"]
+        miou.append(evaluate.scores(found)["miou"])
+    assert abs(miou[1] - miou[0]) < 0.3 and miou[0] > 60
 
 
 # ---- Prompt denoising --------------------------------------------------------------------------

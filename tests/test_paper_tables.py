@@ -78,7 +78,7 @@ def test_every_row_has_a_command_and_every_command_parses(dataset, preset, tmp_p
     for s in found.values():
         caches.setdefault(s.cache, set()).add(
             (s.hypothesis, s.crop_ratio if s.hypothesis == "crops" else None,
-             s.surgery if s.views else None))
+             s.surgery if s.views else plain["surgery"]))
     assert all(len(kinds) == 1 for kinds in caches.values())
 
 

@@ -122,7 +122,6 @@ def test_pamr_of_every_stage(small_demo, trained_demo, tmp_path, photo):
 # ---- Linear probe ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_twice_as_many_epochs_do_not_change_a_probe(tiny_clip):
     s = Namespace(**reclip.recipe("shapes", method="maskclip"), dataset="shapes", method="maskclip",
                   preset="release", seed=100)
@@ -131,7 +130,7 @@ def test_twice_as_many_epochs_do_not_change_a_probe(tiny_clip):
     epochs = inspect.signature(evaluate.linear_probe).parameters["epochs"].default
     device, miou = torch.device("cpu"), []
     for n in (epochs, 2 * epochs):
-        probe = evaluate.linear_probe(segment, train, device, n)
+        probe = evaluate.linear_probe(segment, train, device, n, batch=32)
         found = evaluate.evaluate(probe, val, s.scale, device)["linear_probe_maskclip"]
         miou.append(evaluate.scores(found)["miou"])
     assert abs(miou[1] - miou[0]) < 0.3 and miou[0] > 60

@@ -13,7 +13,6 @@ results go to runs/authors-NAME/. Shapes: B images, C classes, h×w patches, H×
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -24,20 +23,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
-from torchvision.transforms.v2 import functional as TF
 
 from data import (CLASSES, PHOTOS, VOID, Parser, UserError, called, clean_exit, count,
-                  dataset_palette, draw_seed, evenly, legend, list_folder, natural, open_dataset,
-                  overlay, parse_classes, path as user_path, picture_sheet, positive, printable,
-                  read_ahead, read_image, resize_to_scale, save_picture, share, visible, write_text)
+                  dataset_palette, draw_seed, list_folder, natural, open_dataset, parse_classes,
+                  path as user_path, positive, printable, read_ahead, read_image, resize_to_scale,
+                  save_picture, share, write_text)
 from distill import load_student
+from figures import comparison, confusion_figure, distance_figure, heatmaps, with_legend
 from reclip import (SURGERIES, Progress, RectifiedCLIP, authors_method, authors_state,
-                    checkpoint_in, classify, folder_lock, from_authors, gather, hypotheses_folder,
-                    label_map, leave_processes, load_checkpoint, load_clip, make_folder,
-                    make_hypotheses, open_rectified, pamr, pick_device, plain_maskclip,
-                    prompt_denoising, query_features, rank, recipe, to_device, use_amp, world)
+                    checkpoint_in, folder_lock, from_authors, gather, hypotheses_folder, label_map,
+                    leave_processes, load_checkpoint, load_clip, make_folder, make_hypotheses,
+                    open_rectified, pamr, pick_device, plain_maskclip, prompt_denoising,
+                    query_features, rank, recipe, to_device, use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -385,7 +384,7 @@ def table(results, classes):
     lines = [" " * width + "".join(f" {head:>{wide}}" for head in heads)]
     for name, values in rows:
         cells = ["–" if value is None else f"{value:.2f}" for value in values]
-        lines.append(f"{name:{width}}" + "".join(f" {cell:>{wide}}" for cell in cells))
+        lines.append(f"{printable(name):{width}}" + "".join(f" {cell:>{wide}}" for cell in cells))
     lines.insert(rule, "-" * len(lines[0]))
     return "\n".join(lines)
 
@@ -409,198 +408,6 @@ def save_results(path, results):
             same = "iou" in both and all(result[key] == before[key] for key in both)
             old[name] = before | result if same else result
         write_text(path, json.dumps(old, indent=1, ensure_ascii=False) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------
-# Figures
-
-TITLES = {"maskclip": "MaskCLIP", "rectified": "rectified", "distilled": "distilled"}
-COLOURS = (44, 140, 80), (31, 90, 190), (214, 100, 20), (130, 60, 160), (190, 40, 60)
-font = ImageFont.load_default  # Pillow's own, font(height in pixels)
-SCALE = torch.tensor([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37.0)])
-
-
-def in_colour(values):
-    """Numbers from 0 (dark blue) to 1 (yellow) as colours: H×W → uint8 3×H×W."""
-    place = values.clamp(0, 1) * (len(SCALE) - 1)
-    low = place.long().clamp(max=len(SCALE) - 2)
-    colours = torch.lerp(SCALE[low], SCALE[low + 1], (place - low)[..., None])
-    return colours.round().to(torch.uint8).movedim(-1, 0)
-
-
-def comparison(segmenters, data, device, count=5):
-    """Image, truth and predictions for `count` images, evenly spaced (Fig. 5); a PIL image.
-
-    segmenters: pairs of a Segmenter and {stage of it: heading}. Predictions are shown where the
-    truth has a class: elsewhere they are not scored either.
-    """
-    rows, present = [], set()
-    for i in evenly(len(data), count):
-        image, label = data.image(i), data.label(i)
-        maps = [label]
-        for segment, headings in segmenters:
-            view = resize_to_scale(image, segment.settings.scale)[None].to(device)
-            masks = segment(view, label.shape)
-            maps += [masks[stage][0].cpu().where(label != VOID, VOID) for stage in headings]
-        present |= set(torch.stack(maps).unique().tolist()) - {VOID}
-        rows.append([image] + [overlay(image, m, data.palette) for m in maps])
-    headings = ["image", "truth"] + [h for _, stages in segmenters for h in stages.values()]
-    return picture_sheet(rows, headings, present, data.classes, data.palette,
-                         cell=max(120, min(190, 960 // len(headings))))
-
-
-@torch.no_grad()
-def heatmaps(segment, data, device, count=3, looked_at=24, cell=136):
-    """Logits of two classes, and masks, in each of `count` images, from Query to the last; PIL.
-
-    segment: a Segmenter of a checkpoint with a bias. Of evenly spaced images those are shown where
-    MaskCLIP takes the most pixels of one class for another. Three rows an image: the masks so far;
-    a heat map of the one class, below the truth, outlined in that class's colour; one of the other,
-    below MaskCLIP's mask, with the same outline in the other's. Both have one colour scale, from
-    the lowest of their logits to the highest.
-    """
-    found, rows, present = [], [], set()
-    for i in evenly(len(data), looked_at):
-        label = data.label(i)
-        view = resize_to_scale(data.image(i), segment.settings.scale)[None].to(device)
-        mask = segment(view, label.shape)["maskclip"][0].cpu()
-        confusion = confusion_matrix(mask, label, len(data.classes)).double()
-        wrong = (confusion / confusion.sum().clamp(min=1)).fill_diagonal_(0)
-        found.append((wrong.max().item(), i, divmod(int(wrong.argmax()), len(data.classes))))
-    for _, i, pair in sorted(sorted(found)[-count:], key=lambda one: one[1]):
-        image, label = data.image(i), data.label(i)
-        view = resize_to_scale(image, segment.settings.scale)[None].to(device)
-        maps, padded = bias_maps(segment, view)
-        inside = F.interpolate((label == pair[0]).float()[None, None], view.shape[2:])[0] > 0
-        outline = (F.max_pool2d(inside.float(), 3, 1, 1)[0] > 0) & ~inside[0]
-        columns = []
-        for logits, masked in maps.values():
-            heat = F.interpolate(logits[:, pair], padded, mode="bilinear")[0].cpu()
-            heat = heat[:, : view.shape[2], : view.shape[3]]
-            heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
-            mask = label_map(masked, padded, view.shape[2:], label.shape)[0].cpu()
-            columns.append([mask.where(label != VOID, VOID), *(
-                in_colour(values).where(~outline, visible(data.palette[k])[:, None, None])
-                for values, k in zip(heat, pair))])
-        masks, *heat = zip(*columns)
-        present |= set(torch.stack([label, *masks]).unique().tolist()) - {VOID}
-        truth, *masks = [overlay(image, mask, data.palette) for mask in (label, *masks)]
-        rows += [[image, *masks], [truth, *heat[0]], [masks[0], *heat[1]]]
-    return picture_sheet(rows, ["", *maps], present, data.classes, data.palette, cell)
-
-
-def bias_maps(segment, view):
-    """{heading: (logits, logits of the mask so far)}, both 1×C×h×w, and what the grid covers.
-
-    The two parts of the bias stand apart (Fig. 4; ReCLIP, Fig. 3 b and c). "Reference": Z·Wrᵀ, the
-    class preference that the Reference sees in the image. Of ReCLIP the position follows, Mp, and
-    of ReCLIP++ the bias Wp·Wrᵀ, where the Reference meets the position and no longer the image.
-    """
-    network = segment.network
-    rectifier, Wr, sign = network.rectifier, network.Wr, network.rectifier.sign
-    Z, p = network.features(view, segment.amp)
-    Mq, Mo = rectifier(Z, p, Wr)
-    Mr, Mb = classify(Z, Wr), rectifier.bias(Z, p, Wr).expand_as(Mq)
-    M, Reference = Mq + sign * Mb, "Reference Z·Wr"
-    maps = {"Query": (Mq, Mq)} | {
-        "independent": {Reference: (Mr, Mq), "bias Wp·Wr": (Mb, M)},
-        "joint": {Reference: (Mr, Mq + sign * Mr), "position Mp": (Mb - Mr, M)},
-        "reference": {Reference: (Mr, M)}}[rectifier.kind] | {"rectified": (M, M)}
-    maps |= {"decoded": (Mo, Mo)} if segment.settings.decoder else {}
-    return maps, [side * network.patch for side in Z.shape[2:]]
-
-
-def confusion_figure(confusions, classes, count=6, cell=44):
-    """Confusion matrices side by side, for the classes that the first one confuses most (Fig. 1 b).
-
-    confusions: {stage: int64 C×C}. The classes are those of its largest entries off the diagonal,
-    in turn, until there are `count`. Numbers are per cent of a true class's pixels, so a row that
-    does not add up to 100 has gone to classes that are not shown. A PIL image.
-    """
-    shares = [m.double() / m.sum(1, keepdim=True).clamp(min=1) for m in confusions.values()]
-    order = shares[0].clone().fill_diagonal_(-1).flatten().argsort(descending=True)[: count**2]
-    pairs = [divmod(pair, len(classes)) for pair in order.tolist()]
-    chosen = sorted([*dict.fromkeys(itertools.chain(*pairs))][:count])
-    names = [f"{classes[k]}  {n}" for n, k in enumerate(chosen, 1)]
-    side, left = cell * len(chosen), 20 + max(int(font(15).getlength(name)) for name in names)
-    width = max(left + len(shares) * (side + 22), 860)
-    sheet = Image.new("RGB", (width, 56 + side + 58), "white")
-    draw = ImageDraw.Draw(sheet)
-    text = functools.partial(draw.text, font=font(15), anchor="mm")
-    for r, name in enumerate(names):
-        text((left - 8, 56 + (r + 0.5) * cell), name, "black", anchor="rm")
-    for n, (name, share) in enumerate(zip(confusions, shares)):
-        x0 = left + n * (side + 22)
-        score = class_preference(confusions[name])
-        text((x0 + side // 2, 14), f"{TITLES.get(name, name)} ({score:.2f})", "black")
-        for (r, true), (c, k) in itertools.product(enumerate(chosen), repeat=2):
-            value, x, y = share[true, k].item(), x0 + c * cell, 56 + r * cell
-            fill = tuple(round(255 + value**0.7 * (end - 255)) for end in (20, 70, 150))
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=fill)
-            text((x + cell // 2, y + cell // 2), f"{100 * value:.0f}",
-                 "white" if value > 0.4 else "black")
-        for c in range(len(chosen)):
-            text((x0 + (c + 0.5) * cell, 42), str(c + 1), "black")
-    text((12, side + 84), "rows: truth, columns: prediction, in the same order, in per cent of the "
-         "true class's pixels (of all classes);\nin brackets: the class-preference score, over all "
-         "classes", "black", anchor="lm")
-    return sheet
-
-
-def distance_figure(curves):
-    """mIoU by an object's distance from the centre, one line per stage (Fig. 1 a); a PIL image.
-
-    curves: {stage: list as distance_curve's}.
-    """
-    bins, lines = max(map(len, curves.values())), {}
-    for name, curve in curves.items():
-        slope = space_preference(curve)
-        slope = "" if slope is None else f" (mean slope {slope:.2f})"
-        lines[TITLES.get(name, name) + slope] = [
-            ((i + 0.5) / bins, miou, 0) for i, miou in enumerate(curve) if miou is not None]
-    return chart(lines, [i / bins for i in range(bins + 1)],
-                 "distance of an object from the centre of the image (1: a corner)")
-
-
-def chart(lines, ticks, title, width=900, height=480):
-    """mIoU against a quantity: lines between points, with error bars; a PIL image.
-
-    lines: {name: points}, a point is (x, mIoU, half the length of its error bar); ticks: the values
-    of x that are marked, in ascending order; title: what x is.
-    """
-    ends = [miou + end for points in lines.values() for _, miou, sd in points for end in (-sd, sd)]
-    step = next(step for step in (1, 2, 5, 10, 20) if max(ends) - min(ends) < 6 * step)
-    low, high = step * math.floor(min(ends) / step), step * math.floor(max(ends) / step + 1)
-    left, top, right, bottom = 120, 40 + 52 * len(lines), 2 * width - 50, 2 * height - 120
-    across = lambda x: left + (x - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
-    up = lambda miou: bottom - (miou - low) / (high - low) * (bottom - top)
-
-    sheet = Image.new("RGB", (2 * width, 2 * height), "white")  # at twice its size, then smoothed
-    draw = ImageDraw.Draw(sheet)
-    text = functools.partial(draw.text, font=font(32), anchor="mm")
-    for miou in range(low, high + 1, step):
-        draw.line((left, up(miou), right, up(miou)), (215, 215, 215), 2)
-        text((left - 16, up(miou)), str(miou), "black", anchor="rm")
-    for tick in ticks:
-        draw.line((across(tick), bottom, across(tick), bottom + 12), "black", 2)
-        text((across(tick), bottom + 36), f"{tick:.2g}", "black")
-    text((width, 2 * height - 32), f"mIoU in per cent; {title}", "black")
-    for n, ((name, points), colour) in enumerate(zip(lines.items(), itertools.cycle(COLOURS))):
-        draw.line([(across(x), up(miou)) for x, miou, _ in points], colour, 6)
-        for x, miou, sd in points:
-            draw.line((across(x), up(miou - sd), across(x), up(miou + sd)), colour, 3)
-            draw.circle((across(x), up(miou)), 10, colour)
-        text((left, 30 + 52 * n), name, colour, anchor="lm")
-    return sheet.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def beside(pictures, gap=18):
-    """PIL images of one size in a row, as one."""
-    step = pictures[0].width + gap
-    sheet = Image.new("RGB", (12 - gap + len(pictures) * step, pictures[0].height), "white")
-    for n, picture in enumerate(pictures):
-        sheet.paste(picture, (6 + n * step, 0))
-    return sheet
 
 
 # ------------------------------------------------------------------------------------------------
@@ -784,7 +591,7 @@ def predict(segment, stage, files, out, device, workers=0, confidence=False, unk
         (out / "predictions.jsonl.part").replace(out / "predictions.jsonl")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error}") from None
-    print(f"{len(files) - len(failed)} images ({stage}) → {out}/")
+    print(printable(f"{len(files) - len(failed)} images ({stage}) → {out}/"))
     if failed:
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
         raise UserError(f"{len(failed)} of {len(files)} images could not be read: "
@@ -816,20 +623,6 @@ def write_prediction(out, name, image, mask, names, colours, sure, line):
     return line
 
 
-def with_legend(image, mask, colours, entries, longest=1000, least=420):
-    """The overlay of a mask on its image above a legend, `least` to `longest` pixels wide; PIL."""
-    factor = min(longest / max(image.shape[1:]), max(1, least / image.shape[2]))
-    size = [max(1, round(side * factor)) for side in image.shape[1:]]
-    mask = TF.resize(mask[None], size, TF.InterpolationMode.NEAREST_EXACT)[0]
-    picture = TF.to_pil_image(overlay(TF.resize(image, size, antialias=True), mask, colours))
-    names = legend(entries, max(least, picture.width))
-    sheet = Image.new("RGB", (names.width, picture.height + 8 + names.height), "white")
-    sheet.paste(picture, (0, 0))
-    sheet.paste(names, (0, picture.height + 8))
-    sheet.encoderinfo = dict(compress_level=1)  # most of the time would go into the last tenth
-    return sheet
-
-
 # ------------------------------------------------------------------------------------------------
 # The command
 
@@ -853,45 +646,60 @@ def open_segmenter(args, path, device):
     """
     options = dict(device=device, source=args.clip, slide=args.slide, amp=use_amp(args.amp, device),
                    pd=None if args.no_pd else "recipe" if args.pd is None else args.pd)
-    state, network, folder = None if path is None else authors_state(path), path, None
+    state = None if path is None else authors_state(path)
     if path is not None and state is None:
-        if args.surgery or args.sigma or args.activation or args.preset:
-            raise UserError(f"--surgery, --sigma, --activation and --preset are what {path} was "
-                            "trained with; they cannot be changed afterwards")
+        given = [f"--{name}" for name in ("surgery", "sigma", "activation", "heads", "preset")
+                 if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"{' and '.join(given)}: what {path} was trained with cannot be "
+                            "changed afterwards")
+        segment = Segmenter(path, **options)
+        segment.folder = path.parent
     else:
-        dataset = args.dataset or ("shapes" if args.clip == "shapes-tiny" else "folder")
-        if path is not None and dataset not in CLASSES:
-            raise UserError(f"{path} is a checkpoint of the authors' program; say with --dataset "
-                            f"which data set it is of: {', '.join(CLASSES)}")
-        method, preset = ("maskclip", "release") if path is None else authors_method(state)
-        if method == "reclip" and args.preset is None:
-            print(f"{path} does not say its preset; taken for a file of 2024, --preset {preset}")
-        preset, given = args.preset or preset, {key: getattr(args, key) for key in
-                                                ("clip", "surgery", "sigma") if getattr(args, key)}
-        s = argparse.Namespace(**recipe(dataset, preset, method) | given, dataset=dataset, seed=0,
-                               preset=preset, method=method, data_root=args.data_root, workers=0)
-        classes = CLASSES[dataset] if path else parse_classes(args.classes)
-        model = load_clip(s.clip, args.activation or "quick_gelu", device)
-        network = (plain_maskclip(model, classes, s) if path is None else
-                   from_authors(state, model, classes, query_features(model, classes), s))
-        folder = Path("runs", f"authors-{path.stem}" if path else "maskclip")
-    segment = Segmenter(network, **options)
-    segment.path, segment.folder = path, folder or path.parent
-    default = PAMR.get(segment.settings.dataset, NACLIP_PAMR)
+        segment = Segmenter(open_foreign(args, path, state, device), **options)
+        segment.folder = Path("runs", f"authors-{path.stem}" if path else "maskclip")
+    segment.path = path
     if args.pamr is not None:
-        segment.pamr = args.pamr or default[0], tuple(args.dilations or default[1])
+        steps, dilations = PAMR.get(segment.settings.dataset, NACLIP_PAMR)
+        segment.pamr = args.pamr or steps, tuple(args.dilations or dilations)
     if not segment.finished:
-        print(f"{path} is not finished: the command that made it goes on")
+        print(printable(f"{path} is not finished: the command that made it goes on"))
     return segment
+
+
+def open_foreign(args, path, state, device):
+    """RectifiedCLIP of a file of the authors, `state` being what is in it, or of --classes."""
+    dataset = args.dataset or ("shapes" if args.clip == "shapes-tiny" else "folder")
+    if path is not None and dataset not in CLASSES:
+        raise UserError(f"{path} is a checkpoint of the authors' program; say with --dataset which "
+                        f"data set it is of: {', '.join(CLASSES)}")
+    method, preset = ("maskclip", "release") if path is None else authors_method(state)
+    if method == "reclip" and args.preset is None:
+        print(printable(f"{path} does not say its preset; taken for one of 2024, --preset paper"))
+    names = ("preset", "clip", "surgery", "sigma")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if path is None and args.surgery is None and "L/14" in (args.clip or ""):
+        given["surgery"] = "value"
+        print("--surgery value: with larger CLIPs program's residual drowns the features (README)")
+    s = dict(preset=preset, method=method) | given
+    s = recipe(dataset, s["preset"], method) | s | dict(dataset=dataset, data_root=args.data_root,
+                                                        seed=0, workers=0)
+    s, classes = argparse.Namespace(**s), CLASSES[dataset] if path else parse_classes(args.classes)
+    model = load_clip(s.clip, args.activation or "quick_gelu", device, args.heads)
+    if path is None:
+        return plain_maskclip(model, classes, s)
+    return from_authors(state, model, classes, query_features(model, classes), s)
 
 
 def open_split(args, segment, split):
     """A split of the data set that a Segmenter is evaluated on, by default of its own."""
     s = segment.settings
-    dataset, labels = args.dataset or s.dataset, args.labels or getattr(s, "labels", None)
-    folder = dict(classes=segment.classes, labels=labels, offset=(
-        getattr(s, "labels_offset", None) if args.labels_offset is None else args.labels_offset)
-        or 0) if dataset == "folder" else {}
+    dataset, folder = args.dataset or s.dataset, {}
+    if dataset == "folder":
+        labels, offset = args.labels, args.labels_offset or 0
+        if labels is None and getattr(s, "labels", None):  # as they were given to reclip.py
+            labels, offset = s.labels, s.labels_offset
+        folder = dict(classes=segment.classes, labels=labels, offset=offset)
     return open_dataset(dataset, args.data_root or s.data_root, split, seed=s.seed, **folder)
 
 
@@ -907,7 +715,7 @@ def parse_arguments(argv):
     flag("--data-root", type=user_path, help="default: where it was trained")
     flag("--labels", type=user_path, help="for folder: the labels of its images, ID.png")
     flag("--labels-offset", type=natural, help="1 where label 0 is none of the classes")
-    flag("--split", choices=("val", "train"), default="val")
+    flag("--split", choices=("val", "train", "trainaug"), default="val")
     flag("--clip", help="where the checkpoint's CLIP is, if not where it was; without a checkpoint "
          "of ours, a name or a file (default: ViT-B/16)")
     flag("--pd", type=share, help="prompt denoising of the rectified logits (default: recipe's)")
@@ -949,6 +757,7 @@ def parse_arguments(argv):
     flag("--sigma", type=positive, help="of naclip, in patches")
     flag("--activation", choices=("quick_gelu", "gelu"), help="that --clip was trained with "
          "(default: quick_gelu)")
+    flag("--heads", type=count, help="of its image encoder, where its sizes do not tell")
     flag("--preset", choices=("release", "paper"), help="that a file of the authors belongs to "
          "(default: release, for ReCLIP paper)")
     args = parser.parse_args(argv)
@@ -987,7 +796,7 @@ def assess(segment, data, args, device, bins):
     confusions = evaluate(segment, data, s.scale, device, args.batch, workers, bins)
     probed, results = {}, {}
     if args.linear_probe:
-        truth = open_split(args, segment, "train")
+        truth = open_split(args, segment, getattr(s, "train_split", "train"))
         if not truth.has_labels:
             raise UserError(f"--linear-probe: {data.name} has no training labels")
         print("The linear probe is trained with ground truth: supervised, by definition.")
@@ -1023,22 +832,27 @@ def draw_figures(shown, data, confusions, device, out):
 
     shown: pairs of a Segmenter and {stage: name}; confusions: {name: matrices by distance}.
     """
-    heads = [(segment, {stage: TITLES.get(name, name) for stage, name in names.items()})
-             for segment, names in shown]
-    figures = dict(comparison=comparison(heads, data, device))
+    title = lambda name: "MaskCLIP" if name == "maskclip" else name
+    figures = dict(comparison=comparison([
+        (segment, {stage: title(name) for stage, name in names.items()})
+        for segment, names in shown], data, device))
     for segment, _ in shown:
         if "maskclip" in segment.names and segment.settings.bias != "none":
             name = "heatmaps" + f"-{segment.folder.name}" * ("heatmaps" in figures)
             figures[name] = heatmaps(segment, data, device)
     if "heatmaps" not in figures:
         print("no heatmaps.png: it needs MaskCLIP's masks and a bias logit map")
-    totals = {name: confusion.sum(0) for name, confusion in confusions.items()}
+    totals, curves = {}, {}
+    for name, confusion in confusions.items():
+        total, curve = confusion.sum(0), distance_curve(confusion[:-1])
+        slope = space_preference(curve)
+        totals[f"{title(name)} ({class_preference(total):.2f})"] = total
+        curves[title(name) + ("" if slope is None else f" (mean slope {slope:.2f})")] = curve
     figures["confusion"] = confusion_figure(totals, data.classes)
-    figures["distance"] = distance_figure(
-        {name: distance_curve(confusion[:-1]) for name, confusion in confusions.items()})
+    figures["distance"] = distance_figure(curves)
     for name, figure in figures.items():
         save_picture(figure, out / f"{name}.png")
-        print(f"→ {out / name}.png")
+        print(printable(f"→ {out / name}.png"))
 
 
 @clean_exit
@@ -1061,7 +875,7 @@ def main(argv=None):
         if args.method and args.method not in first.names:
             raise UserError(f"--method {args.method}: this checkpoint has only "
                             f"{', '.join(first.names)}")
-        print(f"masks of {first.path or 'CLIP alone'}")
+        print(printable(f"masks of {first.path or 'CLIP alone'}"))
         workers = s.workers if args.workers is None else args.workers
         return predict(first, stage, find_images(args.images), args.out or out / "predictions",
                        device, workers, args.confidence, args.unknown_below or 0.0)
@@ -1072,8 +886,8 @@ def main(argv=None):
             raise UserError(f"{segment.path} was made for other classes "
                             f"({', '.join(segment.classes[:5])}, …) than {data.name}'s")
     if not data.has_labels:
-        print(f"{data.name} has no labels to compare with; masks of images: python evaluate.py "
-              f"--checkpoint {first.path} --images …")
+        print(printable(f"{data.name} has no labels to compare with; masks of images: python "
+                        f"evaluate.py --checkpoint {first.path} --images …"))
         return
     make_folder(out)
     several = len({segment.folder for segment in segmenters}) > 1
@@ -1103,7 +917,8 @@ def main(argv=None):
         if first.student or s.hypothesis == "none" or first.folder != first.path.parent:
             raise UserError(f"--hypotheses: {first.path} was not trained with hypotheses of its "
                             "own")
-        images, network = open_split(args, first, "train"), first.network
+        images = open_split(args, first, getattr(s, "train_split", "train"))
+        network = first.network
         hypothesis = make_hypotheses(images, network.model, network.rectifier.Wq, s,
                                      hypotheses_folder(first.path, s), device)
         precision, recall = hypothesis_quality(hypothesis, images)
@@ -1111,8 +926,8 @@ def main(argv=None):
               f"{recall:.1f} %")
     if args.figures and rank() == 0:
         draw_figures(shown, data, confusions, device, out)
-    print(f"{', '.join(map(str, paths))}: {len(data)} images of {data.name} {args.split} → "
-          f"{out / 'results.json'}")
+    print(printable(f"{', '.join(map(str, paths))}: {len(data)} images of {data.name} {args.split} "
+                    f"→ {out / 'results.json'}"))
     return results
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill  # noqa: E402
 import evaluate  # noqa: E402
+import figures  # noqa: E402
 import reclip  # noqa: E402
 from data import (Parser, UserError, clean_exit, open_dataset, path, save_picture,  # noqa: E402
                   seed, write_text)
@@ -35,7 +36,8 @@ RECTIFIED = {
     "reclip": "--method reclip",
     "reclip++": "",
     "reclip-decoder": "--method reclip --decoder --mask-temperature {soft}",
-    "reclip-decoder-crops": "--method reclip --decoder --hypothesis crops --mask-temperature {soft}",
+    "reclip-decoder-crops":
+        "--method reclip --decoder --mask-temperature {soft} --hypothesis crops",
     "reclip-reference": "--method reclip --bias reference",
     "reclip-reference-query": "--method reclip --bias reference --learn-query",
     "reclip-add": "--method reclip --add",
@@ -344,7 +346,8 @@ def markdown(tables, runs, args):
             noted = [CONTRADICTIONS.get((row["run"], name)) for name in table["data_sets"]]
             theirs = ["–" if value is None else f"*{value:{form}}*" + ("\\*" if note else "")
                       for value, note in zip(row["papers"], noted)]
-            verdict = {None: "–", "opposite": "**opposite**"}.get(row["direction"], row["direction"])
+            verdict = row["direction"] or "–"
+            verdict = "**opposite**" if verdict == "opposite" else verdict
             if row["difference"] is not None and verdict != "reference":
                 verdict = f"{spread(row['difference'], row['difference_sd'], '+')}, {verdict}"
             lines.append(line([row["label"], ours, *theirs, verdict, row["run"]]))
@@ -364,8 +367,8 @@ def sensitivity_figure(tables):
         xs = [float(row["label"].split()[-1]) for row in rows]
         lines = {"hypotheses of crops": [*map(point, xs, rows)],
                  last["label"]: [point(xs[i], last) for i in (0, -1)]}
-        panels.append(evaluate.chart(lines, xs, rows[0]["label"].split()[0], width=470, height=400))
-    return evaluate.beside(panels)
+        panels.append(figures.chart(lines, xs, rows[0]["label"].split()[0], width=470, height=400))
+    return figures.beside(panels)
 
 
 @clean_exit

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import evaluate
+import figures
 import reclip
 from conftest import SmallShapes, run
 from evaluate import Segmenter, most_likely
@@ -22,8 +23,8 @@ from evaluate import Segmenter, most_likely
 @pytest.fixture
 def photo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data.save_picture(data.TF.to_pil_image(data.open_dataset("shapes", split="val").image(3)),
-                      "a.png")
+    pixels = data.open_dataset("shapes", split="val").image(3).movedim(0, -1)
+    Image.fromarray(pixels.numpy()).save("a.png")
     return Path("a.png")
 
 
@@ -180,7 +181,7 @@ def test_parts_of_the_bias_add_up(small_demo, trained_demo, joint):
     for folder, heads in ((trained_demo, ["bias Wp·Wr", "rectified", "decoded"]),
                           (joint, ["position Mp", "rectified"])):
         segment = Segmenter(folder / "reclip.pt")
-        maps, padded = evaluate.bias_maps(segment, view)
+        maps, padded = figures.bias_maps(segment, view)
         assert list(maps) == ["Query", "Reference Z·Wr", *heads] and padded == [96, 96]
         logits = {name: pair[0] for name, pair in maps.items()}
         Mq, M = segment.network.logits(view)
@@ -196,7 +197,8 @@ def test_parts_of_the_bias_add_up(small_demo, trained_demo, joint):
 def test_a_folder_holds_masks_of_one_list_of_classes(trained_demo, photo, clip_file, capsys):
     run(evaluate.main, "--checkpoint", trained_demo, "--images", photo, "--out", "out")
     assert json.loads(Path("out/classes.json").read_text("utf-8")) == list(data.SHAPES)
-    other = ("--images", photo, "--method", "maskclip", "--clip", clip_file, "--classes", "a, b")
+    other = ("--images", photo, "--method", "maskclip", "--clip", clip_file, "--heads", 1,
+             "--classes", "a, b")
     with pytest.raises(SystemExit) as end:
         run(evaluate.main, *other, "--out", "out")
     said = capsys.readouterr().err
@@ -228,7 +230,7 @@ def test_names_come_back_as_they_are_and_are_printed_escaped(trained_demo, photo
     ("--unknown-below 2 --images a.png", "--unknown-below is 2.0; expected 0 to 1"),
     ("--dilations 2", "--dilations goes with --pamr"),
     ("--pamr 0", "--pamr is 0; expected 1 or more"),
-    ("--preset paper", "cannot be changed afterwards"),
+    ("--preset paper --heads 2", "--heads and --preset: what"),
     ("--sigma 2", "cannot be changed afterwards"),
     ("--checkpoint b c --images a.png", "take one --checkpoint"),
 ])
@@ -237,3 +239,21 @@ def test_mistakes(trained_demo, photo, capsys, words, message):
         run(evaluate.main, "--checkpoint", trained_demo, *words.split())
     said = capsys.readouterr().err
     assert end.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_a_folder_with_labels_of_its_own(voc_root, clip_file, tmp_path, capsys):
+    """--labels: what evaluates works on one's own photographs, with 0…C-1 or 1…C in the files."""
+    tree = voc_root / "VOCdevkit" / "VOC2012"
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(data.CLASSES["voc"]))
+    folder = ("--dataset", "folder", "--data-root", tree / "JPEGImages", "--clip", clip_file,
+              "--heads", 1, "--method", "maskclip", "--classes", names, "--workers", 0, "--out",
+              tmp_path / "run")
+    run(reclip.main, *folder)
+    assert "folder has no labels to compare with" in capsys.readouterr().out
+    own = ("--checkpoint", tmp_path / "run", "--labels", tree / "SegmentationClass")
+    shifted = run(evaluate.main, *own, "--labels-offset", 1, "--bias", "--figures")["maskclip"]
+    voc = run(evaluate.main, "--checkpoint", tmp_path / "run", "--dataset", "voc", "--data-root",
+              voc_root)["maskclip"]
+    assert shifted["images"] == 3 and voc["images"] == 1 and shifted["miou"] != voc["miou"]
+    assert (tmp_path / "run" / "confusion.png").exists()

@@ -1,0 +1,402 @@
+"""Every table of both papers, and Fig. 3 of ReCLIP++: ours beside theirs.
+
+    python tests/tables.py                                              on the demo
+    python tests/tables.py --dataset voc --data-root DIR --preset paper
+
+Makes tables.md, tables.json and fig3.png by dozens of runs of the three scripts, each with a
+log.txt in its folder. Goes on where it was interrupted; several may run at once, each with other
+--seeds. Options that the scripts share, such as --device and --workers, are passed on to them.
+"""
+
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import distill  # noqa: E402
+import evaluate  # noqa: E402
+import figures  # noqa: E402
+import reclip  # noqa: E402
+from data import (Parser, UserError, clean_exit, open_dataset, path, save_picture,  # noqa: E402
+                  seed, write_text)
+from reclip import Progress, make_folder, recipe  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------
+# What the papers have, and how to make it
+
+# Runs of reclip.py: what they change of plain ReCLIP++. A model without decoder wants the τ1 of
+# ReCLIP (sharp), one with a decoder, whose BatchNorm widens the logits, that of ReCLIP++ (soft).
+RECTIFIED = {
+    "maskclip": "--method maskclip",
+    "reclip": "--method reclip",
+    "reclip++": "",
+    "reclip-decoder": "--method reclip --decoder --mask-temperature {soft}",
+    "reclip-decoder-crops":
+        "--method reclip --decoder --mask-temperature {soft} --hypothesis crops",
+    "reclip-reference": "--method reclip --bias reference",
+    "reclip-reference-query": "--method reclip --bias reference --learn-query",
+    "reclip-add": "--method reclip --add",
+    "query": "--learn-query",
+    "add": "--add",
+    "tune-encoder": "--tune-encoder --views 0",
+    "global": "--hypothesis global",
+    "no-bias": "--bias none",
+    "no-decoder": "--no-decoder --mask-temperature {sharp}",
+    "cosine": "--pooling cosine",
+    "class-norm": "--wr-norm class",
+}
+# Runs of distill.py: their teacher, and what they change of the recipe.
+DISTILLED = {"maskclip+": ("maskclip", "")} | {
+    f"{teacher}-{name}": (teacher, flags) for teacher in ("reclip", "reclip++")
+    for name, flags in (("distilled", ""), ("mask", "--losses mask"),
+                        ("mask-feature", "--losses mask,feature"), ("learned", "--head learned"),
+                        ("query", "--head query"), ("query-bias", "--head query+bias"))}
+# Title; data sets of the papers' numbers; the row that the others are compared with; rows: what it
+# is, run (– for methods of others) and, unless mIoU, measure, the papers' numbers.
+TABLES = (
+    ("Tables I and II: results", "VOC Context ADE Cityscapes Stuff", 0, (
+        ("MaskCLIP", "maskclip", "49.5 21.7 9.5 19.8 13.6"),
+        ("MaskCLIP+", "maskclip+", "70.0 31.1 12.2 25.2 19.5"),
+        ("ReCLIP, rectified", "reclip", "58.5 25.8 11.1 16.2 14.6"),
+        ("ReCLIP, distilled", "reclip-distilled", "75.8 33.8 14.3 19.9 20.3"),
+        ("ReCLIP++, rectified", "reclip++", "73.5 34.0 13.5 21.7 20.9"),
+        ("ReCLIP++, distilled", "reclip++-distilled", "79.2 34.5 14.5 26.9 23.2"),
+        ("IIC, linear probe", "–", "9.8 – – 6.4 6.7"),
+        ("SegSort, linear probe", "–", "11.7 – – – 16.4"),
+        ("Deep Spectral Methods", "–", "37.2 – – – –"), ("HSG", "–", "41.9 – – – 23.8"),
+        ("ACSeg", "–", "47.1 – – – 16.4"), ("MaskContrast, linear probe", "–", "49.6 – – – –"),
+        ("EAGLE", "–", "– – – 22.1 27.2"), ("DepthSeg", "–", "– – – 23.1 29.0"),
+        ("CLIPpy", "–", "54.6 – 13.5 22.3 –"), ("ReCo", "–", "55.2 26.2 – 19.3 26.3"),
+        ("ReCo, no context elimination", "–", "54.8 23.1 – 18.2 20.8"),
+        ("CLIP-S4", "–", "72.0 33.6 – – –"))),
+    ("Table I: linear probes, which are trained with ground truth", "VOC Cityscapes Stuff", 3, (
+        ("MaskCLIP", "maskclip linear_probe", "– – –"),
+        ("MaskCLIP+", "maskclip+ linear_probe", "– – –"),
+        ("ReCLIP, rectified", "reclip linear_probe", "– – –"),
+        ("ReCLIP, distilled", "reclip-distilled linear_probe", "76.1 49.3 26.2"),
+        ("ReCLIP++, rectified", "reclip++ linear_probe", "– – –"),
+        ("ReCLIP++, distilled", "reclip++-distilled linear_probe", "80.3 54.1 29.5"))),
+    ("Table III: from ReCLIP to ReCLIP++, rectified", "VOC Context", 0, (
+        ("ReCLIP", "reclip", "58.5 25.8"),
+        ("+ decoder", "reclip-decoder", "68.6 27.8"),
+        ("+ hypotheses of crops", "reclip-decoder-crops", "70.4 33.1"),
+        ("+ independent biases (ReCLIP++)", "reclip++", "73.5 34.0"))),
+    ("Table IV: should the Query be learned?", "VOC Context", -1, (
+        ("learned", "query", "71.6 32.1"), ("fixed (ReCLIP++)", "reclip++", "73.5 34.0"))),
+    ("Table V: subtract or add the bias", "VOC Context", -1, (
+        ("add", "add", "72.4 32.9"), ("subtract (ReCLIP++)", "reclip++", "73.5 34.0"))),
+    ("Table VI: fine-tuning CLIP's image encoder", "VOC Context", -1, (
+        ("fine-tuned", "tune-encoder", "1.2 0.4"), ("frozen (ReCLIP++)", "reclip++", "73.5 34.0"))),
+    ("Table VII: class-preference score", "Context", 0, (
+        ("MaskCLIP", "maskclip class_preference", "0.29"),
+        ("MaskCLIP+", "maskclip+ class_preference", "0.31"),
+        ("ReCLIP, rectified", "reclip class_preference", "0.33"),
+        ("ReCLIP++, rectified", "reclip++ class_preference", "0.37"))),
+    ("Table VII: space-preference score", "VOC", 0, (
+        ("MaskCLIP", "maskclip space_preference", "-0.50"),
+        ("MaskCLIP+", "maskclip+ space_preference", "-0.48"),
+        ("ReCLIP, rectified", "reclip space_preference", "-0.41"),
+        ("ReCLIP++, rectified", "reclip++ space_preference", "-0.29"))),
+    ("Table VIII: losses of distillation, ReCLIP++", "VOC", -1, (
+        ("mask", "reclip++-mask", "77.7"),
+        ("mask, feature", "reclip++-mask-feature", "78.9"),
+        ("mask, feature, text", "reclip++-distilled", "79.2"))),
+    ("Table IX: the student's head, ReCLIP++", "VOC", -1, (
+        ("DeepLab's own, learned", "reclip++-learned", "76.2"),
+        ("Query", "reclip++-query", "48.3"),
+        ("Query, bias", "reclip++-query-bias", "50.6"),
+        ("Query, bias, decoder", "reclip++-distilled", "79.2"))),
+    ("Conference paper, Table 3: should the Query be learned?", "VOC Context ADE", -1, (
+        ("learned", "reclip-reference-query", "56.7 23.7 9.4"),
+        ("fixed (ReCLIP without position)", "reclip-reference", "56.7 24.4 10.5"))),
+    ("Conference paper, Table 4: parts of the bias", "VOC Context ADE", 0, (
+        ("Query (MaskCLIP)", "maskclip", "49.5 21.7 9.5"),
+        ("Query, Reference", "reclip-reference", "56.7 24.4 10.5"),
+        ("Query, Reference, position (ReCLIP)", "reclip", "58.5 25.8 11.1"))),
+    ("Conference paper, Table 5: subtract or add the bias", "VOC Context", -1, (
+        ("neither (MaskCLIP)", "maskclip", "49.5 21.7"),
+        ("add", "reclip-add", "57.8 24.9"),
+        ("subtract (ReCLIP)", "reclip", "58.5 25.8"))),
+    ("Conference paper, Table 6: the student's head, ReCLIP", "VOC", 2, (
+        ("DeepLab's own, learned", "reclip-learned", "73.8"),
+        ("Query", "reclip-query", "74.1"),
+        ("Query, Reference", "reclip-distilled", "75.4"),
+        ("Query, Reference, position", "reclip-query-bias", "75.0"))),
+    ("Conference paper, Table 7: losses of distillation, ReCLIP", "VOC", -1, (
+        ("mask", "reclip-mask", "73.0"),
+        ("mask, feature", "reclip-mask-feature", "74.1"),
+        ("mask, feature, text", "reclip-distilled", "75.4"))),
+    ("Not in the papers' tables, rectified", "–", None, (
+        ("ReCLIP++", "reclip++", "–"), ("cosine pooling", "cosine", "–"),
+        ("Wr normalised per class", "class-norm", "–"),
+        ("no bias subtracted", "no-bias", "–"), ("no decoder", "no-decoder", "–"))),
+)
+CONTRADICTIONS = {  # of the papers: (run, data set)
+    ("reclip-distilled", "VOC"): "75.4 in the conference paper, 75.8 in the extended one",
+    ("reclip++", "Stuff"): "21.2 in Table I, 20.9 in Table II",
+}
+# Other last blocks: as a mask, on VOC, Context, ADE and Cityscapes, with sliding windows and lists
+# of synonyms, by the papers of ClearCLIP (the first three), SCLIP and NACLIP.
+BLOCKS = {"program": "74.9 26.4 9.8 12.6", "value": "61.4 28.3 13.6 24.7",
+          "clearclip": "80.9 35.9 16.7 30.0", "sclip": "80.4 34.2 16.1 32.2",
+          "naclip": "79.7 35.2 17.4 35.5", "naclip pamr": "83.0 38.4 19.1 38.3"}
+STAGES = {"masks": "maskclip", "rectified": "reclip++", "distilled": "reclip++-distilled"}
+SWEEPS = {  # of Fig. 3, beside the recipe's own values
+    "shapes": dict(threshold=(0.0, 0.24, 0.36, 0.48), crop_ratio=(1 / 4, 1 / 3, 2 / 3, 1.0)),
+    "others": dict(threshold=(0.0, 0.035, 0.07, 0.14), crop_ratio=(1 / 12, 1 / 8, 1 / 4, 1 / 3)),
+}
+
+
+def all_runs(dataset, preset="release"):
+    """What there is to run, and the tables, with τ1, other last blocks and Fig. 3 filled in.
+
+    Returns {run: (teacher or None, flags)}, teachers before students, and a list of
+    dict(title, data_sets, reference, rows), each row a dict(label, run, measure, papers); run is
+    "–" for what is only quoted.
+    """
+    own, sweeps = recipe(dataset, preset), SWEEPS.get(dataset, SWEEPS["others"])
+    soft, sharp = (recipe(dataset, preset, method)["mask_temperature"]
+                   for method in ("reclip++", "reclip"))
+    runs = {run: (None, flags.format(sharp=sharp, soft=soft)) for run, flags in RECTIFIED.items()}
+    students, tables = dict(DISTILLED), list(TABLES)
+    for kind, run in STAGES.items():
+        rows, theirs = [], BLOCKS if kind == "masks" else {}
+        for block in list(BLOCKS)[:5]:
+            name = run if block == own["surgery"] else f"{run}-{block}"
+            if kind == "distilled":
+                students.setdefault(name, (name.replace("-distilled", ""), ""))
+            else:  # the demo's grid is small
+                sigma = " --sigma 2" * (block == "naclip" and dataset == "shapes")
+                flags = f"{RECTIFIED[run]} --surgery {block}{sigma}"
+                runs.setdefault(name, (None, flags))
+            for label, refined in ((block, ""), (f"{block}, PAMR", " pamr")):
+                rows.append((label, name + refined, theirs.get(block + refined, "– – – –")))
+        tables.append((f"Other last blocks, {kind}; theirs with sliding windows and synonyms",
+                       "VOC Context ADE Cityscapes", 0, rows))
+    for letter, key, title in (("t", "threshold", "Fig. 3 a: threshold t of the hypotheses"),
+                               ("r", "crop_ratio", "Fig. 3 b: relative size r of the crops")):
+        rows = []
+        for value in sorted({own[key], *sweeps[key]}):
+            run = "reclip++" if value == own[key] else f"{letter}-{value:.3g}"
+            runs.setdefault(run, (None, f"--{key.replace('_', '-')} {value}"))
+            rows.append((f"{letter} = {value:.3g}", run, "–"))
+        tables.append((f"{title}, rectified", "–", None,
+                       [*rows, ("global hypotheses", "global", "–")]))
+    number = lambda text: None if text == "–" else float(text)
+    return runs | students, [dict(title=title, data_sets=names.split(), reference=reference, rows=[
+        dict(label=label, run=run.split()[0], measure=(run.split() + ["miou"])[1],
+             papers=[*map(number, papers.split())]) for label, run, papers in rows])
+        for title, names, reference, rows in tables]
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+def command(run, seed, runs, args):
+    """How to make a run: the script, a module, and its arguments as a list of words."""
+    (teacher, flags), out = runs[run], ["--out", f"{args.out}/{run}-{seed}", *args.passed_on]
+    if teacher:
+        return distill, ["--teacher", f"{args.out}/{teacher}-{seed}/reclip.pt", *flags.split(),
+                         *out]
+    preset = ["--preset", args.preset] * (args.preset != "release")
+    words = ["--dataset", args.dataset, "--seed", str(seed), *preset, *flags.split(), *out]
+    s = reclip.settings_of(reclip.parse_arguments(words))
+    kind = s.hypothesis + (f"-{s.crop_ratio:.3g}" if s.hypothesis == "crops" else "")
+    kind += f"-{s.surgery}" * ("--surgery" in words and s.views > 0)  # which depend on it
+    return reclip, [*words, "--cache", f"{args.out}/cache-{kind}-{seed}"]
+
+
+def measured(folder, teacher, flags):
+    """{measure: value} in a run's results.json, of its own stage."""
+    file = Path(folder) / "results.json"
+    stage = "distilled" if teacher else "maskclip" if "maskclip" in flags else "rectified"
+    results = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    results = {name: result for name, result in results.items() if result.get("standard")}
+    others = dict(linear_probe=f"linear_probe_{stage}", pamr=f"{stage}_pamr")
+    return results.get(stage, {}) | {measure: results[name]["miou"]
+                                     for measure, name in others.items() if name in results}
+
+
+class Quiet:
+    """In place of sys.stdout: a run's output goes to a file, now and then a line to the user."""
+
+    def __init__(self, file):
+        self.file, self.stdout, self.shown = file, sys.stdout, time.monotonic()
+        self.flush, self.isatty = file.flush, lambda: False
+
+    def write(self, text):
+        self.file.write(text)
+        if text.strip() and time.monotonic() - self.shown > 5:
+            self.shown = time.monotonic()
+            print(f"  {text.strip()[:90]}", file=self.stdout, flush=True)
+
+
+def make_runs(runs, tables, args):
+    """Train and evaluate whatever the tables need and is not there yet.
+
+    A run's folder keeps the command that made it: after another one its script decides whether to
+    go on or to refuse.
+    """
+    needed, todo, total = {run: set() for run in runs}, [], len(args.seeds) * len(runs)
+    for row in itertools.chain(*(table["rows"] for table in tables)):
+        needed.setdefault(row["run"], set()).add(row["measure"])
+    for seed, run in itertools.product(args.seeds, runs):
+        folder, (script, words) = args.out / f"{run}-{seed}", command(run, seed, runs, args)
+        made = folder / "command.txt"
+        known = made.read_text("utf-8") if made.exists() else None
+        if known != " ".join(words) or needed[run] - measured(folder, *runs[run]).keys():
+            todo.append((run, folder, script, words))
+    print(f"{total} runs, {len(todo)} of them still to be made → {args.out}/", flush=True)
+    progress = Progress("tables", total, total - len(todo))
+    for run, folder, script, words in todo:
+        make_folder(folder)
+        print(folder.name, flush=True)
+        with open(folder / "log.txt", "a", encoding="utf-8") as file:
+            with contextlib.redirect_stdout(Quiet(file)):
+                script.main(words)
+                missing = needed[run] - measured(folder, *runs[run]).keys()
+                flags = {"--bias" if measure.endswith("preference") else
+                         f"--{measure.replace('_', '-')}" for measure in missing}
+                if flags:
+                    evaluate.main(["--checkpoint", f"{folder}/{script.__name__}.pt", *flags,
+                                   *args.passed_on])
+        write_text(folder / "command.txt", " ".join(words))
+        progress.advance(1)
+    progress.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables
+
+
+def direction(differences, gaps, smallest=0.5):
+    """Whether a row is on the same side of its table's reference row as in the paper.
+
+    differences: ours, one a seed; gaps: theirs, one a data set, of which the mean counts. "same" or
+    "opposite", or "within s.d." where our mean is within one standard deviation of 0. None where
+    that cannot be told, or where a mean, ours or theirs, is below `smallest`.
+    """
+    if not gaps or len(differences) < 2:
+        return None
+    mean, gap = statistics.mean(differences), statistics.mean(gaps)
+    if min(abs(mean), abs(gap)) < smallest - 1e-9:  # 0.34 - 0.33 counts as 0.01
+        return None
+    if abs(mean) <= statistics.stdev(differences):
+        return "within s.d."
+    return "same" if mean * gap > 0 else "opposite"
+
+
+def collect(tables, runs, args):
+    """Add to each row of the tables of `all_runs`, for tables.json: our values, a value a seed, n,
+    mean and sd (None where there is none), and its difference from the table's reference row."""
+    mean = lambda values: statistics.mean(values) if values else None
+    sd = lambda values: statistics.stdev(values) if len(values) > 1 else None
+    minus = lambda pairs: [a - b for a, b in pairs if None not in (a, b)]
+    for row in itertools.chain(*(table["rows"] for table in tables)):
+        values = [measured(args.out / f"{row['run']}-{seed}", *runs[row["run"]])[row["measure"]]
+                  for seed in args.seeds if row["run"] in runs]
+        known = [] if None in values else values
+        row |= dict(seeds=args.seeds, values=values, n=len(values), mean=mean(known), sd=sd(known))
+    for table in tables:
+        for row in table["rows"]:
+            other = {} if table["reference"] is None else table["rows"][table["reference"]]
+            ours = minus(zip(row["values"], other.get("values", [])))
+            gaps = minus(zip(row["papers"], other.get("papers", [])))
+            smallest = 0.01 if row["measure"].endswith("preference") else 0.5
+            row |= dict(difference=mean(ours), difference_sd=sd(ours), direction=(
+                "reference" if row is other else direction(ours, gaps, smallest)))
+
+
+NOTE = """Ours: mean ± standard deviation over n = {n} seeds ({seeds}), on the validation images of
+{dataset}, by the preset {preset}. *Theirs*: the number of the papers for the same row, on the data
+set named, which is not ours; none of it was measured here. mIoU in per cent unless the title says
+otherwise. "not run": methods of others, with the numbers that the papers quote.
+
+Direction: our difference from the table's reference row and its standard deviation over the seeds,
+and whether it has the sign of the papers' (in the mean over their data sets). "within s.d.": it is
+smaller than its standard deviation. A dash: nothing is said, since one of the two differences is
+below 0.5 mIoU (0.01 for a preference score) or not there, or for a single seed.
+
+A model without decoder is trained with the τ1 of ReCLIP's recipe, one with a decoder with that of
+ReCLIP++'s; a command has --mask-temperature where this is not its own method's.
+"""
+
+
+def markdown(tables, runs, args):
+    """Tables with our numbers as text in Markdown, with the command of every run at the end."""
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    lines = [NOTE.format(n=len(args.seeds), seeds=", ".join(map(str, args.seeds)),
+                         dataset=args.dataset, preset=args.preset)]
+    for table in tables:
+        notes, theirs = [], [f"*theirs, {name}*".replace(", –", "") for name in table["data_sets"]]
+        heads = ["", f"ours, {args.dataset}", *theirs, "direction", "run"]
+        lines += [f"### {table['title']}\n", line(heads), "|---" * len(heads) + "|"]
+        for row in table["rows"]:
+            form = ".2f" if row["measure"].endswith("preference") else ".1f"
+            spread = lambda mean, sd, sign="": f"{mean:{sign}{form}}" + (
+                "" if sd is None else f" ± {sd:{form}}")
+            ours = ("not run" if row["run"] == "–" else "–" if row["mean"] is None else
+                    spread(row["mean"], row["sd"]))
+            noted = [CONTRADICTIONS.get((row["run"], name)) for name in table["data_sets"]]
+            theirs = ["–" if value is None else f"*{value:{form}}*" + ("\\*" if note else "")
+                      for value, note in zip(row["papers"], noted)]
+            verdict = row["direction"] or "–"
+            verdict = "**opposite**" if verdict == "opposite" else verdict
+            if row["difference"] is not None and verdict != "reference":
+                verdict = f"{spread(row['difference'], row['difference_sd'], '+')}, {verdict}"
+            lines.append(line([row["label"], ours, *theirs, verdict, row["run"]]))
+            notes += filter(None, noted)
+        lines += [f"\n\\* The papers contradict each other: {note}." for note in notes] + [""]
+    lines += [f"### Runs, with seed {args.seeds[0]}\n", "| run | command |", "|---|---|"]
+    for run in runs:
+        script, words = command(run, args.seeds[0], runs, args)
+        lines.append(line([run, f"`python {script.__name__}.py {' '.join(words)}`"]))
+    return "\n".join(lines) + "\n"
+
+
+def sensitivity_figure(tables):
+    """Fig. 3, of its two tables: mIoU against t and r, and that of global hypotheses; PIL."""
+    panels, point = [], lambda x, row: (x, row["mean"], row["sd"] or 0)
+    for *rows, last in (table["rows"] for table in tables):
+        xs = [float(row["label"].split()[-1]) for row in rows]
+        lines = {"hypotheses of crops": [*map(point, xs, rows)],
+                 last["label"]: [point(xs[i], last) for i in (0, -1)]}
+        panels.append(figures.chart(lines, xs, rows[0]["label"].split()[0], width=470, height=400))
+    return figures.beside(panels)
+
+
+@clean_exit
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--dataset", default="shapes", help="default: shapes, the built-in demo")
+    flag("--data-root", type=path, help="the folder that holds the data set")
+    flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
+    flag("--seeds", type=seed, nargs="+", default=[0, 1, 2])
+    flag("--out", type=path, default=Path("runs/tables"), help="default: runs/tables")
+    args, args.passed_on = parser.parse_known_args(argv)
+    args.passed_on += ["--data-root", str(args.data_root)] if args.data_root else []
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: one is repeated")
+    if args.dataset == "folder" or not all(
+            open_dataset(args.dataset, args.data_root, split).has_labels
+            for split in ("train", "val")):
+        raise UserError(f"the tables need labels to measure with; {args.dataset} lacks them")
+    runs, tables = all_runs(args.dataset, args.preset)
+    make_runs(runs, tables, args)
+    collect(tables, runs, args)
+    write_text(args.out / "tables.json", json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
+    write_text(args.out / "tables.md", markdown(tables, runs, args))
+    save_picture(sensitivity_figure(tables[-2:]), args.out / "fig3.png")
+    print(f"→ {args.out}/tables.md, tables.json, fig3.png")
+    return tables
+
+
+if __name__ == "__main__":
+    main()

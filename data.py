@@ -288,6 +288,8 @@ class SegmentationData:
         """uint8 3×H×W. Raises UserError for a file that cannot be read."""
         return read_image(self.image_path(index))
 
+    __getitem__ = image  # a dataset of images, for read_ahead
+
     def size(self, index):
         """(H, W) of image(index), read from the file's header."""
         return image_size(self.image_path(index))
@@ -603,18 +605,18 @@ def change_saturation(image, factor):
 def change_hue(image, share):
     """Turn the hue by a share of the full circle, in HSV. uint8 3×H×W, same."""
     rgb = image * (1 / 255)
-    low, v = rgb.aminmax(dim=0)
-    one = torch.ones_like(v)
-    red, green, blue = (v - rgb) / torch.where(v == low, one, v - low)
-    s = (v - low) / torch.where(v == low, one, v)
+    low, v = rgb.amin(0), rgb.amax(0)
+    spread, grey = v - low, v == low
+    red, green, blue = (v - rgb).div_(spread.masked_fill(grey, 1))
+    s = spread / v.masked_fill(grey, 1)
     sixth = torch.where(v == rgb[0], blue - green,
                         torch.where(v == rgb[1], 2 + red - blue, 4 + green - red))
-    h = ((sixth * (1 / 6) + 1).fmod(1) + share).remainder(1) * 6
-    part = h - h.floor()  # between two of the six corners of the circle
-    values = torch.stack([v, (1 - s) * v, (1 - s * part) * v, (s * part + (1 - s)) * v])
+    h = sixth.mul_(1 / 6).add_(1).fmod_(1).add_(share).remainder_(1).mul_(6)
+    corner = h.floor()
+    part = (h - corner).mul_(s)  # way between two of the circle's six corners, times s
+    values = torch.stack([v, (1 - s) * v, (1 - part) * v, (part + (1 - s)) * v]).clamp_(0, 1)
     corners = torch.tensor([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]])
-    turned = values.clamp_(0, 1).gather(0, corners[:, h.long() % 6])
-    return (turned * 255.999).to(torch.uint8)
+    return values.gather(0, corners[:, corner.int().remainder_(6)]).mul_(255.999).to(torch.uint8)
 
 
 def training_view(image, scale, crop, ratio=(0.5, 2.0), distort=True):

@@ -6,32 +6,37 @@
 Wang and Kang, ReCLIP++ (2024), Sec. III-E; tables and equations below are that paper's, those of
 "ReCLIP" the CVPR 2024 paper's. Data set, classes and CLIP are those of the teacher's checkpoint.
 
+Network, head, losses, the teacher's part, the recipe, a training step and the loop follow each
+other; the command is at the end. What keeps a run alive is reclip.py's.
+
 Shapes: B images, C classes, D joint channels of CLIP, h×w cells of a grid, H×W pixels. The
 teacher's features are Z (one cell a patch), the student's Ẑ (one for 8×8 pixels; in code Z_hat).
 """
 
 import argparse
 import functools
-import hashlib
 import http.client
 import json
-import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
-import evaluate
-from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, TrainingViews, UserError, check_seed,
-                  clean_exit, draw_seed, normalise, open_dataset, padding)
-from reclip import (PAPER, Batches, Decoder, Log, PositionLogits, Run, as_checkpoint, barrier,
-                    classify, contrastive_loss, dense_features, fingerprint, folder_lock,
-                    gumbel_masks, gumbel_noise, hypotheses_file, leave_processes, load_checkpoint,
-                    make_folder, make_hypotheses, make_views, masked_pooling, mean_over_processes,
-                    one_first, open_rectified, parallel, pick_device, plain, resized_positions,
-                    use_amp, world)
+from clip.weights import read_state_dict
+from data import (IMAGENET_MEAN, IMAGENET_STD, TrainingViews, draw_seed, names_of, normalise,
+                  open_dataset, padding)
+from files import (VOID, Parser, UserError, clean_exit, count, fingerprint, natural,
+                   path as user_path, positive, read_ahead, seed as seed_number, share)
+from maps import label_map, prompt_denoising
+from reclip import (PAPER, ROWS, Decoder, PositionLogits, best_name, classify, contrastive_loss,
+                    encode_views, gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
+                    make_hypotheses, masked_pooling, open_rectified, resized_positions)
+from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, clip_fingerprint,
+                 folder_lock, leave_processes, load_checkpoint, make_folder, make_views,
+                 mean_over_processes, one_first, parallel, pick_device, plain, to_device, use_amp,
+                 world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -138,26 +143,25 @@ def pretrained_backbone(source, student="resnet50"):
     torchvision's ResNet or of Open-MMLab's resnet50_v1c / resnet101_v1c. student: "resnet50" or
     "resnet101". Raises UserError for anything else, and for a failed download.
     """
-    if source == "imagenet":
-        name = student.replace("resnet", "ResNet") + "_Weights"
-        weights = getattr(torchvision.models, name).IMAGENET1K_V1
-        try:
+    try:
+        if source == "imagenet":
+            import torchvision
+            name = student.replace("resnet", "ResNet") + "_Weights"
+            weights = getattr(torchvision.models, name).IMAGENET1K_V1
             state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise UserError(f"cannot download {weights.url} ({error}); try again, fetch it by hand "
-                            "and give its path to --backbone, or use --backbone none") from None
-    else:
-        try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
-            state = {key.removeprefix("backbone."): value for key, value in state.items()}
-        except FileNotFoundError:
-            raise UserError(f"no file {source}; --backbone is imagenet, none, or the path of a "
-                            "ResNet's weights") from None
-        except Exception as error:  # torch.load fails in many ways on a damaged or foreign file
-            reason = str(error).split("\n")[0][:120]
-            raise UserError(f"{source} holds no weights of a ResNet, or is damaged "
-                            f"({type(error).__name__}: {reason})") from None
+        else:
+            state = read_state_dict(source)
+    except FileNotFoundError:
+        raise UserError(f"no file {source}; --backbone is imagenet, none, or the path of a "
+                        "ResNet's weights") from None
+    except ValueError as error:
+        raise UserError(f"{error} (--backbone takes the weights of a ResNet)") from None
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        if source != "imagenet":
+            raise
+        raise UserError(f"cannot download {weights.url} ({error}); try again, fetch it by hand "
+                        "and give its path to --backbone, or use --backbone none") from None
+    state = {key.removeprefix("backbone."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     return state, "deep" if "stem.0.weight" in state else "plain"
 
@@ -191,15 +195,17 @@ class InheritedHead(nn.Module):
     parts: tensors by name, as `inherited_parts` takes them from a teacher, or a state dict of this
     class. Wq alone is the Query head. With Wr and Wp (on CLIP's own grid) ReCLIP++'s bias is
     subtracted, with Wr alone ReCLIP's Reference logits, with p and position.* its positional
-    logits too; decoder.* follows. patch: the teacher's, in pixels; sign: -1, or +1 to add the bias.
+    logits too; decoder.* follows. patch: the teacher's, in pixels; sign: -1, or +1 to add the bias;
+    names: how many names each of the C classes has.
     """
 
-    def __init__(self, parts, patch, sign=-1):
+    def __init__(self, parts, patch, sign=-1, names=None):
         super().__init__()
         self.patch, self.sign = patch, sign
         for name in ("Wq", "Wr", "Wp", "p"):
             self.register_buffer(name, parts.get(name))
-        (C, D), self.decoder, self.position = self.Wq.shape, None, None
+        self.names, self.decoder, self.position = names or [1] * len(self.Wq), None, None
+        C, D = len(self.names), self.Wq.shape[1]
         if "decoder.conv.weight" in parts:
             self.decoder = Decoder(D, C)
         if "position.0.weight" in parts:
@@ -213,16 +219,19 @@ class InheritedHead(nn.Module):
 
         positions: 1×K×g×g on CLIP's own grid; size: (H, W) of the images; grid: the student's.
         The teacher's grid comes bicubically, as everywhere in ReCLIP; 1×1 convolutions commute with
-        that, so Wp may be kept instead of p. `through` is what follows on the teacher's grid.
+        that, so Wp may be kept instead of p. `through` is what follows on the teacher's grid, which
+        covers whole patches and so more than the image: it is cut off, not stretched.
         """
         teachers = [-(-side // self.patch) for side in size]
         positions = through(F.interpolate(positions, teachers, mode="bicubic"))
-        return F.interpolate(positions, grid, mode="bilinear")
+        rows, columns = (sampling_matrix(n, self.patch, side, m, positions.device)
+                         for n, side, m in zip(teachers, size, grid))
+        return rows @ positions @ columns.T
 
     def forward(self, Z_hat, size):
         """Logits B×C×h×w of features B×D×h×w, of any length, of images of size (H, W)."""
         Z, grid = F.normalize(Z_hat, dim=1), Z_hat.shape[2:]
-        M = classify(Z, self.Wq)
+        M = best_name(classify(Z, self.Wq), self.names)
         if self.Wp is not None:  # ReCLIP++, Eqs. 2 and 3
             M = M + self.sign * classify(self.resized(self.Wp, size, grid), self.Wr)
         elif self.Wr is not None:  # ReCLIP
@@ -230,6 +239,17 @@ class InheritedHead(nn.Module):
         if self.position is not None:
             M = M + self.sign * self.resized(self.p, size, grid, self.position)
         return M if self.decoder is None else self.decoder(Z, M)  # Eq. 4
+
+
+@functools.lru_cache(64)
+def sampling_matrix(n, patch, side, m, device):
+    """m×n: linear interpolation of n patches at the centres of the m cells of an image's side.
+
+    patch, side: in pixels; the n patches may reach beyond the side's end.
+    """
+    centres = (torch.arange(m, device=device) + 0.5) * side / m  # in pixels
+    place = (centres / patch - 0.5).clamp(0, n - 1)
+    return (1 - (place[:, None] - torch.arange(n, device=device)).abs()).clamp(min=0)
 
 
 class LearnedHead(nn.Conv2d):
@@ -311,17 +331,23 @@ def load_student(path, device="cpu"):
     Raises UserError for a file that is none.
     """
     checkpoint = load_checkpoint(path)
-    if checkpoint.get("kind") != "distill":
+    if checkpoint["kind"] != "distill":
         raise UserError(f"{path} is not a student's checkpoint (distill.pt)")
     with as_checkpoint(path):
         s, state = argparse.Namespace(**checkpoint["settings"]), checkpoint["state"]
         parts = {key.removeprefix("head."): v for key, v in state.items() if key[:5] == "head."}
-        D, C = len(state["network.aspp.0.conv.weight"]), len(checkpoint["classes"])
-        head = LearnedHead(C, D) if s.head == "learned" else InheritedHead(parts, s.patch, s.sign)
+        D, names = len(state["network.aspp.0.conv.weight"]), class_sizes(checkpoint["classes"])
+        head = (LearnedHead(len(names), D) if s.head == "learned" else
+                InheritedHead(parts, s.patch, s.sign, names))
         student = Student(DeepLabV2(D, stem=s.stem, **STUDENTS[s.student]), head)
         student.load_state_dict(state)
         student.settings, student.classes = s, checkpoint["classes"]
     return student.to(device).eval().requires_grad_(False)
+
+
+def class_sizes(classes):
+    """How many names each class has."""
+    return [len(names_of(one)) for one in classes]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -404,13 +430,15 @@ def label_masks(labels, C, grid):
     return torch.stack([to_cells((label == classes).float(), grid) for label in labels]) * scale
 
 
-def text_loss(Z_hat, masks, Wq, hypothesis, tau=0.01):
+def text_loss(Z_hat, masks, Wq, hypothesis, tau=0.01, names=None):
     """Sec. III-E: the contrastive loss of rectification (Eq. 7) on the student's features.
 
     Z_hat: B×D×h×w, of unit length as in the head (otherwise τ = 0.01 makes it explode); masks:
-    B×C×h×w, by `label_masks` or `gumbel_masks`; Wq: C×D; hypothesis: bool B×C.
+    B×C×h×w, by `label_masks` or `gumbel_masks`; Wq: C×D; hypothesis: bool B×C; names: how many
+    each class has.
     """
-    similarities = masked_pooling(masks, classify(Z_hat, Wq))
+    Mq = best_name(classify(Z_hat, Wq), names or [1] * len(Wq))
+    similarities = masked_pooling(masks, Mq)
     return contrastive_loss(similarities, hypothesis, tau)
 
 
@@ -418,54 +446,26 @@ def text_loss(Z_hat, masks, Wq, hypothesis, tau=0.01):
 # The teacher, and what it says of a view
 
 
-def open_teacher(path, device="cpu", source=None):
-    """RectifiedCLIP of a finished checkpoint of reclip.py. source: where its CLIP is, if not where
-    it was. Raises UserError for an unfinished one, and for anything else than such a file."""
-    checkpoint = load_checkpoint(path)
-    if checkpoint.get("kind") == "distill":
-        raise UserError(f"{path} is a student; a teacher is a checkpoint of reclip.py (reclip.pt)")
-    if not checkpoint.get("finished"):
-        raise UserError(f"the training of {path} is not finished; repeat its reclip.py command, "
-                        "which goes on where it stopped")
-    return open_rectified(path, device, source)
-
-
-def newest_teacher(folder=Path("runs")):
-    """The rectified checkpoint written last under a folder. Raises UserError if there is none."""
-    found = sorted(folder.glob("*/reclip.pt"), key=lambda path: -path.stat().st_mtime)
-    for path in found:
-        if load_checkpoint(path)["settings"]["method"] != "maskclip":
-            return path
-    raise UserError(f"no rectified checkpoint under {folder}/; run python reclip.py first, or name "
-                    "a teacher with --teacher")
-
-
 @torch.no_grad()
 def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None, amp=False):
     """The teacher's features and labels of training views.
 
     teacher: RectifiedCLIP; views: uint8 B×3×H×W; sizes: int64 B×2, (h, w) of what is not padding.
-    pd: prompt denoising before the labels are taken (evaluate.prompt_denoising), at the temperature
-    0.1 of the authors' ×10. ignore_below: also ignore pixels where the greatest softmax(logits /
-    pd_temperature), upsampled, is below it.
+    pd: prompt denoising before the labels are taken, at pd_temperature. ignore_below: also ignore
+    pixels where the greatest softmax(logits / pd_temperature), upsampled, is below it.
     Returns Z, float32 B×D×h×w, not of unit length, and labels, int64 B×H×W with VOID for padding
     and pixels left out.
     """
-    images = normalise(views, teacher.mean, teacher.std, sizes)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        features = dense_features(teacher.visual, images, teacher.settings.surgery)
-    features = features.float()
-    grid, size = features.shape[2:], views.shape[2:]
-    padded = [side * teacher.patch for side in grid]
-    p = resized_positions(teacher.visual, *grid)
-    _, logits = teacher.rectifier(F.normalize(features, dim=1), p, teacher.Wr)
-    logits = evaluate.prompt_denoising(logits, pd, pd_temperature)
-    labels = evaluate.label_map(logits, padded, size, size)
+    s = argparse.Namespace(**vars(teacher.settings) | dict(amp=amp))
+    features = encode_views(teacher.visual, views, s, sizes)
+    padded = [side * teacher.patch for side in features.shape[2:]]
+    size = views.shape[2:]
+    logits = prompt_denoising(teacher.rectify(features)[1], pd, pd_temperature)
     outside = padding(sizes, *size)
     if ignore_below is not None:
         confidence = (logits / pd_temperature).softmax(1).amax(1)
         outside |= upsample(confidence, padded)[:, : size[0], : size[1]] < ignore_below
-    return features, labels.masked_fill(outside, VOID)
+    return features, label_map(logits, padded, size, size).masked_fill(outside, VOID)
 
 
 class VoidImages:
@@ -498,7 +498,7 @@ class ViewsWithGroundTruthVoid(TrainingViews):
 ALWAYS = dict(
     student="resnet50", backbone="imagenet", ratio=(0.5, 2.0), distort=True,
     batch=16, optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, power=0.9, floor=1e-4,
-    weights=dict(mask=1.0, feature=0.5, text=0.5), tau=0.01, pd_temperature=0.1,  # 1, α, β
+    weights=dict(mask=1.0, feature=0.5, text=0.5), tau=0.01,  # 1, α, β
     views=0,  # fresh augmentation in every epoch
 )
 EPOCHS = {"voc": 100, "context": 150, "ade": 150, "cityscapes": 100, "stuff": 50}
@@ -507,27 +507,58 @@ DEMO = dict(student="small", backbone="none", ratio=(1.0, 1.0), distort=False, s
 LOSSES = ("mask", "feature", "text")
 
 
-def recipe(dataset, method):
-    """The published settings of a teacher's data set as a dict; `folder` uses VOC's."""
-    row = "voc" if dataset == "folder" else dataset
-    pd = {"reclip": 0.5, "reclip++": 0.95 if row in ("voc", "stuff") else None}.get(method)
-    losses = ("mask",) if method == "maskclip" else LOSSES  # MaskCLIP+ has no others
-    s = ALWAYS | dict(pd=pd, losses=losses)
+def recipe(dataset, bias="independent", decoder=True):
+    """The published settings for a data set and a teacher as a dict; `folder` uses VOC's.
+
+    bias, decoder: the teacher's, whose labels are denoised as its logits ask for.
+    """
+    row = ROWS.get(dataset, dataset)
+    learns = decoder or bias != "none"
+    s = ALWAYS | dict(losses=LOSSES if learns else ("mask",))  # MaskCLIP+ has no others
+    s["pd"], s["pd_temperature"] = head_denoising(row, bias, decoder,
+                                                  0.95 if row in ("voc", "stuff") else None)
     if row == "shapes":
-        return s | DEMO | dict(pd=None)
+        return s | DEMO
     scale, crop = PAPER[row][:2]
     return s | dict(scale=scale, crop=crop, epochs=EPOCHS[row])
 
 
 # ------------------------------------------------------------------------------------------------
-# Training
+# Training: one step, and the loop
+
+
+def distillation_losses(logits, Z_hat, Z, labels, Wq, names, hypothesis=None, noise=None,
+                        losses=LOSSES, tau=0.01, mask_temperature=0.01, share=1.0):
+    """One training step: what student and teacher say of B views → {loss: 0-dim tensor}.
+
+    logits: B×C×h×w and Z_hat: B×D×h×w, the student's; Z: B×D×h'×w' and labels: B×H×W, the
+    teacher's; Wq: C×D; names: as in `best_name`; hypothesis: bool B×C, or None for the classes in
+    the labels of a view; noise: Gumbel noise B×C×h×w for masks of the student's own, or None for
+    the teacher's (--text-masks); losses: which; share: of a global batch, relative to the mean.
+    """
+    found, valid = {}, labels != VOID
+    # DistributedDataParallel takes the mean of the processes' gradients: with the mean of their
+    # counts as the divisor, that is the gradient of the mean over all pixels.
+    pixels = mean_over_processes(valid.sum().float()).clamp(min=1)
+    if "mask" in losses:
+        found["mask"] = mask_loss(logits, labels, pixels)
+    if "feature" in losses:
+        found["feature"] = feature_loss(Z, Z_hat, valid, pixels)
+    if "text" in losses:
+        masks = label_masks(labels, len(names), Z_hat.shape[2:])
+        present = masks.flatten(2).any(2) if hypothesis is None else hypothesis
+        if noise is not None:  # and none where the teacher's labels ignore pixels
+            masks = gumbel_masks(logits, mask_temperature, noise) * masks.sum(1, keepdim=True)
+        Z_unit = F.normalize(Z_hat, dim=1)
+        found["text"] = share * text_loss(Z_unit, masks, Wq, present, tau, names)
+    return found
 
 
 def train(s, data, teacher, student, hypothesis, run, device):
     """Teach `student` what `teacher` sees in `data` (Sec. III-E).
 
     s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
-    images are opened, unless s.use_ground_truth_void; hypothesis: bool len(data)×C, the teacher's
+    images are opened, unless s.use_ground_truth_void; hypothesis: as in reclip.train, the teacher's
     own, or None for a teacher without: then the classes in its labels of a view. (A class of the
     hypothesis that is not in a view has an empty mask, which teaches nothing.) run: the Run that
     keeps what is learned, and from whose checkpoint training goes on.
@@ -538,80 +569,87 @@ def train(s, data, teacher, student, hypothesis, run, device):
                                     fused=True)
     else:
         optimizer = torch.optim.AdamW(learned, s.lr, weight_decay=s.weight_decay, fused=True)
-    first = run.resume(optimizer)
+    batches = run.start(optimizer, Batches(len(data), s.batch, s.epochs, s.student_seed))
     Views = ViewsWithGroundTruthVoid if s.use_ground_truth_void else TrainingViews
     views = Views(data, s.scale, s.crop, s.ratio, s.distort, s.student_seed)
-    batches = Batches(len(data), s.batch, s.epochs, s.student_seed, first)
 
     def taught(batch):
-        """A batch of views on the device, with the teacher's Z and labels."""
-        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        """A batch of views on the device, with the teacher's Z and labels, in small types."""
+        batch = {key: to_device(value, device) for key, value in batch.items()}
         Z, labels = teach(teacher, batch["view"], batch["size"], s.pd, s.pd_temperature,
                           s.ignore_below, s.amp)
         if s.use_ground_truth_void:
             labels = labels.masked_fill(batch["void"], VOID)
-        return dict(view=batch["view"], size=batch["size"], Z=Z, labels=labels)
+        return dict(view=batch["view"], size=batch["size"].short(),
+                    Z=Z.half() if s.views else Z, labels=labels.to(torch.uint8))
 
-    def compact(batch):
-        """The same in small types."""
-        batch = taught(batch)
-        return batch | dict(size=batch["size"].short(), Z=batch["Z"].half(),
-                            labels=batch["labels"].to(torch.uint8))
-
+    Wq, names = teacher.rectifier.Wq, teacher.rectifier.names
     if s.views and len(batches):  # what a frozen teacher says of a view need be asked only once
         facts = {key: getattr(s, key) for key in ("teacher_weights", "pd", "pd_temperature",
                                                   "ignore_below", "use_ground_truth_void")}
-        facts |= dict(clip=fingerprint(teacher.model), preset=s.preset,
+        facts |= dict(clip=clip_fingerprint(teacher.model), preset=s.preset,
                       surgery=teacher.settings.surgery)
-        views = make_views(views, s, "views-distill", facts, compact, device)
-    loader = batches.loader(views, s.workers, device)
-    Wq, C = teacher.rectifier.Wq, len(data.classes)
+        cells = -(-s.crop // teacher.patch)
+        fields = dict(view=(np.uint8, (3, s.crop, s.crop)), size=(np.int16, (2,)),
+                      Z=(np.float16, (Wq.shape[1], cells, cells)),
+                      labels=(np.uint8, (s.crop, s.crop)))
+        views = make_views(views, s, "views-distill", facts, fields, taught)
     student.train()
     network = parallel(student, device)
-    log = Log(run.path.with_name("log-distill.jsonl"), "distill", batches.total, first)
     with run:
-        for step, batch in enumerate(log.timed(loader), first):
+        for step, batch in run.steps(read_ahead(views, batches, s.workers)):
             epoch, indices = step // batches.per_epoch, batch["index"]
             for group in optimizer.param_groups:
                 group["lr"] = max(s.floor, s.lr * (1 - epoch / s.epochs) ** s.power)
-            if s.views:
-                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            else:
-                batch = taught(batch)
-            Z, labels = batch["Z"].float(), batch["labels"].long()
+            batch = ({key: to_device(value, device) for key, value in batch.items()} if s.views else
+                     taught(batch))
+            labels, present, noise = batch["labels"].long(), None, None
             if not batches.weight(step):  # of several processes one that has no image left
                 labels.fill_(VOID)
             Z_hat, logits = network(batch["view"], batch["size"], s.amp)
-
-            losses, grid, valid = {}, Z_hat.shape[2:], labels != VOID
-            # DistributedDataParallel takes the mean of the processes' gradients: with the mean of
-            # their counts as the divisor, that is the gradient of the mean over all pixels.
-            count = mean_over_processes(valid.sum().float()).clamp(min=1)
-            if "mask" in s.losses:
-                losses["mask"] = mask_loss(logits, labels, count)
-            if "feature" in s.losses:
-                losses["feature"] = feature_loss(Z, Z_hat, valid, count)
-            if "text" in s.losses:
-                masks = label_masks(labels, C, grid)
-                present = (masks.flatten(2).any(2) if hypothesis is None else
-                           hypothesis[indices.to(device, non_blocking=True)])
-                if s.text_masks == "student":
-                    names = [data.ids[i] for i in indices.tolist()]
-                    seeds = [draw_seed(s.student_seed, epoch, name, "gumbel") for name in names]
-                    noise = gumbel_noise(logits.shape[1:], seeds, device)
-                    counted = masks.sum(1, keepdim=True)  # not what the teacher's labels ignore
-                    masks = gumbel_masks(logits, s.mask_temperature, noise) * counted
-                text = text_loss(F.normalize(Z_hat, dim=1), masks, Wq, present, s.tau)
-                losses["text"] = batches.weight(step) * text
+            if hypothesis is not None:
+                present = to_device(hypothesis(indices), device)
+            if s.text_masks == "student" and "text" in s.losses:
+                seeds = [draw_seed(s.student_seed, epoch, data.ids[i], "gumbel")
+                         for i in indices.tolist()]
+                noise = gumbel_noise(logits.shape[1:], seeds, device)
+            losses = distillation_losses(logits, Z_hat, batch["Z"].float(), labels, Wq, names,
+                                         present, noise, s.losses, s.tau, s.mask_temperature,
+                                         batches.weight(step))
             loss = sum(s.weights[name] * value for name, value in losses.items())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            log.step(step + 1, len(Z), lr=optimizer.param_groups[0]["lr"],
-                     loss=mean_over_processes(loss.detach()),
-                     **{name: value.detach() for name, value in losses.items()})
-            run.after(step + 1, optimizer, batches, log)
-    log.close()
+            run.after(step + 1, optimizer, len(labels), loss, **losses)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def find_teacher(path, device="cpu", source=None):
+    """RectifiedCLIP of a finished checkpoint of reclip.py, and the checkpoint's path.
+
+    path: of the checkpoint or its folder, or None for the newest rectified one under runs/; source:
+    where its CLIP is, if not where it was. Raises UserError for an unfinished one, and for anything
+    else than such a file.
+    """
+    found = sorted(Path("runs").glob("*/reclip.pt"), key=lambda file: -file.stat().st_mtime)
+    for file in found if path is None else ():
+        if load_checkpoint(file)["settings"]["method"] != "maskclip":
+            path = file
+            break
+    if path is None:
+        raise UserError("no rectified checkpoint under runs/; run python reclip.py first, or name "
+                        "a teacher with --teacher")
+    path = checkpoint_in(path, "reclip.pt")
+    checkpoint = load_checkpoint(path)
+    if checkpoint["kind"] == "distill":
+        raise UserError(f"{path} is a student; a teacher is a checkpoint of reclip.py (reclip.pt)")
+    if not checkpoint["finished"]:
+        raise UserError(f"the training of {path} is not finished; repeat its reclip.py command, "
+                        "which goes on where it stopped")
+    return open_rectified(path, device, source), path
 
 
 def make_student(s, teacher, device):
@@ -621,55 +659,52 @@ def make_student(s, teacher, device):
     if s.backbone != "none":
         with one_first():
             state, s.stem = pretrained_backbone(s.backbone, s.student)
-    C, D = teacher.rectifier.Wq.shape
+    D, names = teacher.rectifier.Wq.shape[1], teacher.rectifier.names
     network = DeepLabV2(D, stem=s.stem, **STUDENTS[s.student])
     if state is not None:
         load_backbone(network.backbone, state, s.backbone)
-    head = (LearnedHead(C, D) if s.head == "learned" else
-            InheritedHead(inherited_parts(teacher, s.head), s.patch, s.sign))
+    head = (LearnedHead(len(names), D) if s.head == "learned" else
+            InheritedHead(inherited_parts(teacher, s.head), s.patch, s.sign, names))
     return Student(network, head).to(device)
-
-
-# ------------------------------------------------------------------------------------------------
-# The command
 
 
 def parse_arguments(argv):
     """The command line as a namespace; what is not given is None."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--teacher", type=Path, help="a checkpoint of reclip.py (default: the newest rectified "
-         "one under runs/)")
-    flag("--data-root", type=Path, help="where the teacher's data set is, if not where it was")
+    flag("--teacher", type=user_path, help="a checkpoint of reclip.py, or its folder (default: the "
+         "newest rectified one under runs/)")
+    flag("--data-root", type=user_path, help="where the teacher's data set is, if not where it was")
     flag("--clip", help="where the teacher's CLIP is, if not where it was")
-    flag("--out", type=Path, help="the student's folder (default: the teacher's)")
-    flag("--cache", type=Path, help="folder for views (default: the student's)")
-    flag("--seed", dest="student_seed", type=int, help="of the student's training (default: the "
-         "teacher's)")
+    flag("--out", type=user_path, help="the student's folder (default: the teacher's)")
+    flag("--cache", type=user_path, help="folder for views (default: the student's)")
+    flag("--seed", dest="student_seed", type=seed_number, help="of the student's training "
+         "(default: the teacher's)")
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 networks (default: on a GPU "
          "that has it)")
-    flag("--workers", type=int, help="processes that read images (default: as the teacher's)")
+    flag("--workers", type=natural, help="processes that read images (default: as the teacher's)")
     group = parser.add_argument_group("single values of the recipe (default: as published)")
     flag = group.add_argument
-    flag("--student", choices=STUDENTS, help="default: resnet50, in the demo small; MaskCLIP+'s "
-         "own was resnet101")
+    flag("--student", choices=tuple(STUDENTS), help="default: resnet50, in the demo small; "
+         "MaskCLIP+'s own was resnet101")
     flag("--backbone", help="ImageNet weights: imagenet (torchvision's, downloaded), a file "
          "(torchvision's or Open-MMLab's v1c layout), or none")
     flag("--losses", help="some of mask,feature,text (default: all; for a MaskCLIP teacher mask)")
     flag("--head", choices=("inherit", "query", "query+bias", "learned"), default="inherit")
-    flag("--text-masks", choices=("teacher", "student"), default="teacher", help="text loss: masks "
-         "from the teacher's labels, as in the authors' program, or the student's, as in the paper")
-    flag("--ignore-below", type=float, metavar="P", help="leave out pixels where the teacher's "
+    flag("--text-masks", choices=("student", "teacher"), default="student", help="text loss: masks "
+         "from the student's logits, as in the papers, or the teacher's labels, as in the authors' "
+         "program")
+    flag("--ignore-below", type=share, metavar="P", help="leave out pixels where the teacher's "
          "greatest softmax(10·logits) is less (0: none)")
     flag("--use-ground-truth-void", action="store_true", help="NOT unsupervised: open the training "
          "labels and leave out what they call void or background, as the authors' program does")
-    flag("--pd", type=float, help="prompt denoising of the teacher (0: none)")
-    flag("--views", type=int, metavar="K", help="ask the teacher about K augmented views of each "
-         "image once, and train on these; 0: fresh views in every epoch")
-    flag("--epochs", type=int)
-    flag("--batch", type=int)
-    flag("--lr", type=float)
+    flag("--pd", type=share, help="prompt denoising of the teacher (0: none)")
+    flag("--views", type=natural, metavar="K", help="ask the teacher about K augmented views of "
+         "each image once, and train on these; 0: fresh views in every epoch")
+    flag("--epochs", type=count)
+    flag("--batch", type=count)
+    flag("--lr", type=positive)
     return parser.parse_args(argv)
 
 
@@ -683,11 +718,13 @@ def settings_of(args, teacher):
     given = {key: value for key, value in vars(args).items() if value is not None and key != "clip"}
     if args.losses is not None:
         given["losses"] = [name.strip() for name in args.losses.split(",")]
+    learned = sorted(teacher.rectifier.state_dict().items())
     inherited = dict(dataset=t.dataset, data_root=t.data_root, method=t.method,
                      preset=t.preset, seed=t.seed, student_seed=t.seed, workers=t.workers,
                      mask_temperature=t.mask_temperature, sign=t.sign, patch=teacher.patch,
-                     teacher_weights=digest(teacher), ignore_below=None)
-    s = argparse.Namespace(**inherited | recipe(t.dataset, t.method) | given)
+                     teacher_weights=fingerprint(*(part for pair in learned for part in pair)),
+                     ignore_below=None)
+    s = argparse.Namespace(**inherited | recipe(t.dataset, t.bias, t.decoder) | given)
     if not s.losses or not set(s.losses) <= set(LOSSES):
         raise UserError(f"--losses {args.losses}: expected some of {','.join(LOSSES)}")
     s.losses = [name for name in LOSSES if name in s.losses]
@@ -695,42 +732,22 @@ def settings_of(args, teacher):
         raise UserError("--head learned can only learn from the mask loss; add mask to --losses")
     if s.student == "small" and s.backbone != "none":
         raise UserError("--student small has no ImageNet weights; use --backbone none")
-    for name in ("epochs", "batch", "lr"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise UserError(f"--{name} is {getattr(s, name)}; expected more than 0")
-    check_seed(s.student_seed)
-    if s.workers < 0:
-        raise UserError(f"--workers is {s.workers}; expected 0 or more")
-    if s.views < 0:
-        raise UserError(f"--views is {s.views}; expected 0 or more")
     if s.batch < world():
         raise UserError(f"--batch is {s.batch}, for {world()} processes; expected one image each "
                         "at least")
-    for name in ("pd", "ignore_below"):
-        if not 0 <= (getattr(s, name) or 0) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(s, name)}; expected 0 to 1")
     return s
-
-
-def digest(teacher):
-    """A short name for what a teacher learned: another training, another name."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(teacher.rectifier.state_dict().items()):
-        sha.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
 
 
 @clean_exit
 def main(argv=None):
     args = parse_arguments(argv)
     device = pick_device(args.device)
-    path = args.teacher or newest_teacher()
-    teacher = open_teacher(path, device, args.clip)
+    teacher, path = find_teacher(args.teacher, device, args.clip)
     t, s = teacher.settings, settings_of(args, teacher)
     s.teacher, s.out, s.device = path, args.out or path.parent, str(device)
     s.cache = args.cache or s.out
     s.amp = use_amp(args.amp, device)
-    data = open_dataset(s.dataset, s.data_root, "train",
+    data = open_dataset(s.dataset, s.data_root, getattr(t, "train_split", "train"),
                         teacher.classes if s.dataset == "folder" else None, s.seed)
     if data.classes != teacher.classes:
         raise UserError(f"{path} was made for other classes than {s.dataset}'s")
@@ -738,46 +755,41 @@ def main(argv=None):
         raise UserError(f"--use-ground-truth-void: {s.dataset} has no training labels")
     student = make_student(s, teacher, device)
     print("  ".join(f"{key}={value}" for key, value in plain(s).items()))
-    count = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    learned = sum(value.numel() for value in student.parameters() if value.requires_grad)
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes, student of "
-          f"{count / 1e6:.1f} M parameters → {s.out}/")
+          f"{learned / 1e6:.1f} M parameters → {s.out}/")
 
     make_folder(s.out)
     make_folder(s.cache)
     with folder_lock(s.out / ".run.lock"):
-        run = Run(s.out / "distill.pt", s, data, teacher.model, student)
+        run = Run(s.out / "distill.pt", s, data, teacher.model, student, "log-distill.jsonl",
+                  "distill")
         hypothesis = None
-        if "text" in s.losses and t.hypothesis != "none":
+        if "text" in s.losses and t.hypothesis != "none" and not run.finished:
             t.amp, t.workers = s.amp, s.workers
             hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, t,
-                                         hypotheses_file(path, t), device).to(device)
+                                         hypotheses_folder(path, t), device)
         train(s, data, teacher, student, hypothesis, run, device)
     barrier()  # the checkpoint is there
 
+    import evaluate  # which needs this module; it sees the checkpoints only
     options = ["--device", s.device, "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"]
     options += ["--data-root", str(s.data_root)] if s.data_root else []
     evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
     barrier()  # the results are there
-    show_beside_teacher(s.out, path, "maskclip" if t.method == "maskclip" else "rectified",
-                        options + (["--clip", args.clip] if args.clip else []))
 
-
-def show_beside_teacher(out, teacher, stage, options):
-    """One line: mIoU of the teacher, evaluated unless it was so already, and of the student.
-
-    teacher: its checkpoint; stage: which of its masks it taught.
-    """
-    def read():
-        files = [folder / "results.json" for folder in (teacher.parent, out)]
+    def kept():
+        """{stage: mIoU} of teacher and student, evaluated in the way of the recipe."""
+        files = [folder / "results.json" for folder in (path.parent, s.out)]
         results = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
         return {name: r["miou"] for stages in results for name, r in stages.items()
                 if r.get("standard") and name in ("maskclip", "rectified", "distilled")}
 
-    if "distilled" not in read():
-        return  # there are no labels to compare with
-    if stage not in read():
-        evaluate.main(["--checkpoint", str(teacher), "--out", str(out), *options])
-    print("mIoU: " + "  ".join(f"{name} {miou:.2f}" for name, miou in read().items()))
+    if "distilled" in kept():  # else there are no labels to compare with
+        if ("maskclip" if t.method == "maskclip" else "rectified") not in kept():
+            options += ["--clip", args.clip] if args.clip else []
+            evaluate.main(["--checkpoint", str(path), "--out", str(s.out), *options])
+        print("mIoU: " + "  ".join(f"{name} {miou:.2f}" for name, miou in kept().items()))
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def _to_rgb(image):
         grey = 255 - grey if tags.get(262) == 0 else grey  # white is zero
         grey[values == clear] = 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode == "RGB" and clear and image.tile[0][3] == "RGB;16B":
+    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:  # 16 bits a channel
         image.info["transparency"] = tuple(value >> 8 for value in clear)  # as Pillow's pixels
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or clear is not None:
         image = image.convert("RGBA")

@@ -6,44 +6,35 @@
 Wang and Kang, "Learn to Rectify the Bias of CLIP for Unsupervised Semantic Segmentation", CVPR
 2024, and its extension ReCLIP++, 2024; sections and equations below are those of ReCLIP++.
 
+The method comes first, III-A to III-D, then its recipe, one training step and the loop, and
+inference; opening files and the command follow. What keeps a run alive is in run.py.
+
 Shapes: B images, C classes, D joint channels of CLIP, h×w patches, H×W pixels, L prompt length.
 Maps are channels-first (Z: B×D×h×w; logits: B×C×h×w), text features are rows (Wq, Wr: C×D).
 """
 
 import argparse
-import contextlib
 import copy
-import datetime
-import functools
-import hashlib
-import json
 import math
 import os
-import shutil
-import signal
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms.v2 import functional as TF
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 import clip
 from clip.model import MLP, Attention, merge_heads
+from clip.weights import read_weights
 from data import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, TrainingViews,
-                  UserError, check_dataset, check_seed, clean_exit, download, draw_seed, normalise,
-                  open_dataset, parse_classes, resize_to_scale, write_text)
+                  check_dataset, download, draw_seed, names_of, normalise, open_dataset,
+                  parse_classes, resize_to_scale)
+from files import (Parser, UserError, clean_exit, count, natural, path as user_path, positive,
+                   read_ahead, seed as seed_number, share)
+from run import (Batches, Progress, Run, as_checkpoint, ask_once, barrier, clip_fingerprint,
+                 folder_lock, leave_processes, load_checkpoint, make_folder, make_views, one_first,
+                 parallel, pick_device, plain, rank, to_device, use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -84,29 +75,61 @@ def norm(layer, x):
     return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, 1e-6)
 
 
-def dense_features(visual, images, surgery="program"):
+# What a token attends to in the last block: itself alone (""), or all tokens whose queries (q) or
+# keys (k) are like its own, or the sum of both; and whether residual and MLP follow.
+SURGERIES = {
+    "program": ("", True),  # MaskCLIP's and the authors' programs; all reported numbers
+    "value": ("", False),  # the text's two 1×1 convolutions and no more
+    "clearclip": ("q", False),  # Lan et al., 2024
+    "sclip": ("qk", True),  # Wang et al., 2024
+    "naclip": ("k", False),  # Hajimiri et al., 2025, which prefers near patches
+}
+
+
+def dense_features(visual, images, surgery="program", sigma=5.0):
     """Patch features in the space of the text features, before the L2 norm (Sec. III-A, MaskCLIP).
 
-    In the last block every patch attends to itself alone, so its value vector passes unmixed.
-    surgery "program" keeps that block's residual and MLP, as MaskCLIP's and the authors' programs
-    do and all reported numbers were made; "value" is the text's two 1×1 convolutions and no more.
+    surgery: what becomes of the last block, a key of SURGERIES; sigma: for "naclip", in patches.
     images: B×3×H×W, normalised. Returns B×D×h×w; `F.normalize(…, dim=1)` of it is Z.
     """
-    x, (h, w) = tokens_before_last_block(visual, images)
-    features = value_features(visual, x[:, 1:], surgery) @ visual.proj
-    return features.mT.unflatten(2, (h, w))
+    x, grid = tokens_before_last_block(visual, images)
+    features = last_block(visual, x, grid, surgery, sigma) @ visual.proj
+    return features.mT.unflatten(2, grid)
 
 
-def value_features(visual, x, surgery):
-    """The last block on patch tokens x, B×n×width, each on its own; B×n×width, after ln_post."""
-    block = visual.transformer.resblocks[-1]
-    width = x.shape[-1]
-    weight, bias = block.attn.in_proj_weight[2 * width:], block.attn.in_proj_bias[2 * width:]
-    v = block.attn.out_proj(F.linear(norm(block.ln_1, x), weight, bias))
-    if surgery == "program":
-        v = v + x
-        v = v + block.mlp(norm(block.ln_2, v))
-    return visual.ln_post(v)
+def last_block(visual, x, grid, surgery="program", sigma=5.0):
+    """The last block with its attention changed: B×(1+h·w)×width → B×h·w×width, after ln_post.
+
+    x: all tokens, the class token first, which the others may attend to and which is then dropped.
+    grid: (h, w); surgery, sigma: as in `dense_features`.
+    """
+    block, (alike, rest) = visual.transformer.resblocks[-1], SURGERIES[surgery]
+    attn, width, patches = block.attn, x.shape[-1], x[:, 1:]
+    if alike:
+        q, k, v = attn.project(norm(block.ln_1, x))
+        near = neighbourhood(*grid, sigma, q) if surgery == "naclip" else None
+        y = sum(F.scaled_dot_product_attention(a[:, :, 1:], a, v, attn_mask=near)
+                for a in (dict(q=q, k=k)[name] for name in alike))
+        y = merge_heads(y)
+    else:
+        weight, bias = attn.in_proj_weight[2 * width:], attn.in_proj_bias[2 * width:]
+        y = F.linear(norm(block.ln_1, patches), weight, bias)
+    y = attn.out_proj(y)
+    if rest:
+        y = y + patches
+        y = y + block.mlp(norm(block.ln_2, y))
+    return visual.ln_post(y)
+
+
+def neighbourhood(h, w, sigma, like):
+    """NACLIP's addition to the logits of attention: exp(-‖i-j‖²/2σ²) of patches i and j.
+
+    Returns h·w×(1+h·w), of the type and on the device of `like`; 0 for the class token.
+    """
+    rows, columns = (torch.arange(side, device=like.device).float() for side in (h, w))
+    of_rows, of_columns = (torch.exp(-(i[:, None] - i) ** 2 / (2 * sigma**2))
+                           for i in (rows, columns))
+    return F.pad(torch.kron(of_rows, of_columns), (1, 0)).to(like.dtype)
 
 
 def global_feature(visual, images):
@@ -125,9 +148,11 @@ def global_feature(visual, images):
 def query_features(model, classes, templates=TEMPLATES, batch=512):
     """Wq, C×D: unit-length mean of each class's unit-length features over all templates.
 
-    model: a CLIP; classes: list of C names; templates: strings with one {}.
+    model: a CLIP; classes: list of C names, of which one like "person, man, woman" is a class of
+    three names and has three rows (data.names_of); templates: strings with one {}.
     """
-    tokens = clip.tokenize([t.format(name) for name in classes for t in templates], truncate=True)
+    names = [name for one in classes for name in names_of(one)]
+    tokens = clip.tokenize([t.format(name) for name in names for t in templates], truncate=True)
     # Attention is causal: what follows the end token changes nothing and need not be computed.
     length, order = tokens.argmax(1), tokens.argmax(1).argsort()
     features = torch.empty(len(tokens), model.text_projection.shape[1])
@@ -137,13 +162,23 @@ def query_features(model, classes, templates=TEMPLATES, batch=512):
         features[rows] = F.normalize(model.encode_text(part).float(), dim=-1).cpu()
         progress.advance(len(rows))
     progress.close()
-    Wq = F.normalize(features.unflatten(0, (len(classes), -1)).mean(1), dim=-1)
+    Wq = F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)
     return Wq.to(model.text_projection.device)
 
 
 def classify(Z, W):
     """Logits of a feature map under text features: B×D×h×w, C×D → B×C×h×w (Mq = Z·Wqᵀ)."""
     return torch.einsum("bdhw,cd->bchw", Z, W)
+
+
+def best_name(logits, names):
+    """The logits of classes from those of their names: a class is as likely as its best name.
+
+    logits: B×K×…, the names of each class in turn; names: how many each class has. B×C×…
+    """
+    if max(names) == 1:
+        return logits
+    return torch.stack([part.amax(1) for part in logits.split(names, 1)], 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -155,29 +190,35 @@ class Reference(nn.Module):
 
     The sequence is [start] v_1 … v_L name [end]. L is 73 where names have up to two tokens, and
     gives way to longer names so that none loses its end token. forward(model) → Wr, C×D, divided
-    by the norm of the whole matrix.
+    by the norm of the whole matrix; of a class with several names the mean of their features.
+    words: a text to start from, and of its length, as the ablation does that learns the Query.
     Raises UserError where a name leaves no room for a prompt.
     """
 
-    def __init__(self, model, classes):
+    def __init__(self, model, classes, words=None):
         super().__init__()
-        names = [clip.tokenize(name, 512, truncate=True)[0] for name in classes]
+        self.names = [len(names_of(one)) for one in classes]
+        words = [name for one in classes for name in names_of(one)]
+        names = [clip.tokenize(name, 512, truncate=True)[0] for name in words]
         lengths = [int(name.argmax()) - 1 for name in names]
         context = len(model.positional_embedding)
         L = min(context - 4, context - 2 - max(lengths))
         if L < 1:
-            longest = classes[lengths.index(max(lengths))]
+            longest = words[lengths.index(max(lengths))]
             raise UserError(f"class name {longest[:40]!r}… has {max(lengths)} tokens and leaves no "
                             f"room for a prompt; at most {context - 3} tokens fit")
         self.register_buffer("suffix", torch.stack([n[1 : max(lengths) + 2] for n in names]).long())
         start = model.token_embedding.weight[names[0][0]].detach().float()
         self.register_buffer("start", start.clone()[None])
         # Every word starts as the embedding of token 0, as in the authors' program.
-        self.prompt = nn.Parameter(model.token_embedding.weight[0].detach().float().repeat(L, 1))
+        ids = torch.zeros(L).long() if words is None else clip.tokenize(words)[0].long()
+        ids = ids if words is None else ids[1 : int(ids.argmax())]
+        embeddings = model.token_embedding.weight[ids.to(start.device)].detach()
+        self.prompt = nn.Parameter(embeddings.float())
         self.layout = None
 
     def encode(self, model):
-        """The text features of [start] prompt name [end], C×D, not normalised."""
+        """The text features of [start] prompt name [end], one row a name, not normalised."""
         prefix = torch.cat([self.start, self.prompt])
         if self.layout is None or self.layout[0].device != prefix.device:
             self.layout = shared_layout(len(prefix), self.suffix)
@@ -185,6 +226,8 @@ class Reference(nn.Module):
 
     def forward(self, model):
         Wr = self.encode(model)
+        if max(self.names) > 1:
+            Wr = torch.stack([part.mean(0) for part in Wr.split(self.names)])
         return Wr / Wr.norm()
 
 
@@ -194,7 +237,8 @@ def encode_shared_prefix(model, prefix, suffix, layout=None):
     Attention is causal, so the positions of a common beginning are the same for every text. One
     sequence does for all: the beginning once, then the endings one after another, each token with
     the position it has in its own text, and looking back at the beginning and at its own ending
-    alone. Equal to the full encoding up to rounding, in value and gradient.
+    alone. Endings are taken in groups that do not meet, so the cost is linear in C. Equal to the
+    full encoding up to rounding, in value and gradient.
 
     model: a CLIP; prefix: P×width, embeddings of the common beginning, start token included;
     suffix: int64 C×S, token ids of the endings, P+S within the context length; each text is read
@@ -202,49 +246,58 @@ def encode_shared_prefix(model, prefix, suffix, layout=None):
     if it is known from before. Returns C×D, not normalised.
     """
     tokens, place, seen, ends = layout or shared_layout(len(prefix), suffix)
+    P, sizes = len(prefix), [len(rows) for rows in seen]
     x = torch.cat([prefix, model.token_embedding(tokens)]) + model.positional_embedding[place]
     for block in model.transformer.resblocks:
-        q, k, v = block.attn.project(block.ln_1(x)[None])
+        q, k, v = (part.split(sizes, 2) for part in block.attn.project(block.ln_1(x)[None]))
         if block is model.transformer.resblocks[-1]:  # only its outputs at the end tokens matter
-            q, x, seen = q[:, :, ends], x[ends], seen[ends]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            q = [part[:, :, rows] for part, rows in zip(q, ends)]
+            x = torch.cat([part[rows] for part, rows in zip(x.split(sizes), ends)])
+            seen = [part[rows] for part, rows in zip(seen, ends)]
+        groups = zip(q, after_beginning(k, P, 2), after_beginning(v, P, 2), seen)
+        mixed = torch.cat([F.scaled_dot_product_attention(*group) for group in groups], 2)
         x = x + block.attn.out_proj(merge_heads(mixed)[0])
         x = x + block.mlp(block.ln_2(x))
     return model.ln_final(x) @ model.text_projection
 
 
-def shared_layout(P, suffix):
+def shared_layout(P, suffix, group=256):
     """How `encode_shared_prefix` lays out texts of P common tokens and the endings `suffix`, C×S.
 
     Returns, for the N tokens of all endings one after another: their ids, N; the position in its
-    own text of each of the P+N tokens; bool (P+N)×(P+N), which token (row) looks at which; and
-    where the C end tokens are. Counting N waits for a GPU, so a training loop does it once.
+    own text of each of the P+N tokens; and for each group of endings bool n×m, which of its n
+    tokens (those of the beginning included in the first) looks at which of the beginning's and its
+    own, and which of the n are end tokens. group: at most so many tokens and one ending make one,
+    which must not be less than the longest ending. Counting waits for a GPU, so a training loop
+    does it once.
     """
     used = torch.arange(suffix.shape[1], device=suffix.device) <= suffix.argmax(1, keepdim=True)
     text, place = used.nonzero().T  # what follows an end token is left out
-    tokens = suffix[text, place]
+    tokens, last = suffix[text, place], place == suffix.argmax(1)[text]
+    before = used.sum(1).cumsum(0) - used.sum(1)
+    first, *others = (before // group)[text].bincount().tolist()
+    sizes = [P + first, *others]
     text = torch.cat([text.new_full((P,), -1), text])
     place = torch.cat([torch.arange(P, device=suffix.device), P + place])
-    seen = (text[:, None] == text) | (text == -1)
-    seen &= place[:, None] >= place
-    return tokens, place, seen, P - 1 + used.sum(1).cumsum(0)
+    last = torch.cat([last.new_zeros(P), last])
+    texts, places = text.split(sizes), place.split(sizes)
+    seen = [((a[:, None] == b) | (b == -1)) & (i[:, None] >= j)
+            for a, b, i, j in zip(texts, after_beginning(texts, P, 0),
+                                  places, after_beginning(places, P, 0))]
+    return tokens, place, seen, [part.nonzero()[:, 0] for part in last.split(sizes)]
 
 
-class PositionProjection(nn.Conv2d):
-    """Space-preference bias of ReCLIP++: Wp = a 1×1 convolution of the positional embedding.
-
-    forward(p): 1×width×h×w → Wp, 1×D×h×w.
-    """
-
-    def __init__(self, width, D):
-        super().__init__(width, D, 1)
+def after_beginning(groups, P, dim):
+    """Each group of tokens after the P of the beginning, which the first group begins with."""
+    first, *others = groups
+    return [first] + [torch.cat([first.narrow(dim, 0, P), group], dim) for group in others]
 
 
 class PositionLogits(nn.Sequential):
     """Space-preference bias of ReCLIP: three 3×3 convolutions of the positional embedding.
 
     forward(p): 1×width×h×w → Mp, 1×C×h×w. (The CVPR paper's text has one channel for all classes;
-    the authors' program, and so ours, one for each.)
+    that would change no argmax. The authors' program, and so ours, has one for each.)
     """
 
     def __init__(self, width, C, hidden=(512, 256)):
@@ -288,25 +341,32 @@ METHODS = {  # what each method learns: (bias, decoder)
 class Rectifier(nn.Module):
     """All that ReCLIP learns on top of a frozen CLIP, which it is given and does not contain.
 
-    model: a CLIP with a ViT image encoder; classes: C names; Wq: C×D.
+    model: a CLIP with a ViT image encoder; classes: C names; Wq: C×D (a row for each name).
     bias: how Mb is extracted: "independent" (ReCLIP++), "joint" (ReCLIP), "reference" (ReCLIP
     without its positional part) or "none". decoder: whether M passes through one. sign: -1
     subtracts the bias (Eq. 3), +1 adds it (Table V).
+
+    Ablations: wr_norm "class" divides each row of Wr by its own norm; learn_query learns the
+    Query's prompt too (Table IV); visual: None, or an image encoder to fine-tune (Table VI).
     """
 
-    def __init__(self, model, classes, Wq, bias="independent", decoder=True, sign=-1):
+    def __init__(self, model, classes, Wq, bias="independent", decoder=True, sign=-1,
+                 wr_norm="matrix", learn_query=False, visual=None):
         super().__init__()
-        (C, D), width = Wq.shape, model.visual.proj.shape[0]
-        self.kind, self.sign = bias, sign
+        C, D, width = len(classes), Wq.shape[1], model.visual.proj.shape[0]
+        self.kind, self.sign, self.wr_norm = bias, sign, wr_norm
+        self.names = [len(names_of(one)) for one in classes]
         self.register_buffer("Wq", Wq.clone())
         if bias != "none":
             self.reference = Reference(model, classes)
         if bias == "independent":
-            self.position = PositionProjection(width, D)
+            self.position = nn.Conv2d(width, D, 1)  # p, 1×width×h×w → Wp, 1×D×h×w
         if bias == "joint":
             self.position = PositionLogits(width, C)
         if decoder:
             self.decoder = Decoder(D, C)
+        self.query = Reference(model, classes, "a photo of a") if learn_query else None
+        self.visual = visual and copy.deepcopy(visual).requires_grad_(True)
 
     def bias(self, Z, p, Wr):
         """Mb, the bias logit map (Eq. 2): Z B×D×h×w, p 1×width×h×w, Wr C×D → 1×C×h×w or B×C×h×w.
@@ -325,14 +385,25 @@ class Rectifier(nn.Module):
         Z: B×D×h×w, unit length over D; p: 1×width×h×w; Wr: C×D, or None without a bias; Wq: C×D,
         the fixed one by default.
         """
-        Mq = M = classify(Z, self.Wq if Wq is None else Wq)
+        Mq = M = best_name(classify(Z, self.Wq if Wq is None else Wq), self.names)
         if self.kind != "none":
             M = Mq + self.sign * self.bias(Z, p, Wr)
         return Mq, self.decoder(Z, M) if hasattr(self, "decoder") else M
 
     def Wr(self, model):
         """The Reference features, C×D, or None without a bias."""
-        return self.reference(model) if self.kind != "none" else None
+        if self.kind == "none":
+            return None
+        Wr = self.reference(model)
+        return F.normalize(Wr, dim=1) if self.wr_norm == "class" else Wr
+
+    def texts(self, model):
+        """Wq and Wr as they are now, both with a gradient where they are learned."""
+        Wq = self.Wq
+        if self.query is not None:
+            Wq = F.normalize(self.query.encode(model), dim=1)
+            self.Wq = Wq.detach()
+        return Wq, self.Wr(model)
 
 
 def gumbel_masks(logits, temperature, noise=0.0):
@@ -372,6 +443,14 @@ def masked_pooling(masks, features):
     return torch.einsum("bchw,bkhw->bck", masks, features) / masks[0, 0].numel()
 
 
+def cosine_pooling(masks, Z, Wq):
+    """Similarities as the papers' text has them, with unit-length pooled features; an ablation.
+
+    masks: B×C×h×w; Z: B×D×h×w; Wq: C×D. Returns B×C×C; `masked_pooling` says what they lose.
+    """
+    return F.normalize(masked_pooling(masks, Z), dim=2) @ Wq.T
+
+
 def contrastive_loss(similarities, hypothesis, tau=0.01):
     """Eq. 7: each class of an image's hypothesis should recognise itself in its masked feature.
 
@@ -380,8 +459,8 @@ def contrastive_loss(similarities, hypothesis, tau=0.01):
     without a hypothesis adds nothing.
     """
     log_p = (similarities / tau).log_softmax(-1).diagonal(dim1=1, dim2=2)  # B×C
-    count = hypothesis.sum(1).clamp(min=1)
-    return -((log_p * hypothesis).sum(1) / count).mean()
+    present = hypothesis.sum(1).clamp(min=1)
+    return -((log_p * hypothesis).sum(1) / present).mean()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -416,13 +495,68 @@ def cut_crops(image, r, side):
 
 def clip_view(images, side):
     """CLIP's preprocessing short of normalisation: uint8 B×3×H×W → uint8 B×3×side×side."""
+    from torchvision.transforms.v2 import functional as TF
     images = TF.resize(images, side, TF.InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop(images, [side, side])
+
+
+def class_feature(visual, images):
+    """CLIP's own image feature, as `encode_image` gives it up to rounding: B×3×R×R → B×D.
+
+    Of the last block only the class token matters, so only that is computed.
+    visual: a clip VisionTransformer; R: its input_resolution.
+    """
+    x = visual.conv1(images).flatten(2).mT
+    first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    x = torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype)
+    x = visual.transformer.resblocks[:-1](visual.ln_pre(x))
+    block = visual.transformer.resblocks[-1]
+    q, k, v = block.attn.project(block.ln_1(x))
+    mixed = merge_heads(F.scaled_dot_product_attention(q[:, :, :1], k, v))[:, 0]
+    x = x[:, 0] + block.attn.out_proj(mixed)
+    x = x + block.mlp(block.ln_2(x))
+    return visual.ln_post(x) @ visual.proj
+
+
+def crop_votes(model, images, Wq, r, amp=False, batch=None, names=None):
+    """How many crops of each image every class wins (Sec. III-D).
+
+    model: a CLIP; images: list of uint8 3×H×W, of any sizes; Wq: C×D; r: side of a crop relative to
+    the image's; amp: encode in bf16; batch: crops encoded at once, by default few enough to stay in
+    a CPU's cache, or 512; names: as in `best_name`. Returns int64 len(images)×C.
+    """
+    crops = torch.cat([cut_crops(image, r, model.visual.input_resolution) for image in images])
+    if batch is None:
+        tokens = len(model.visual.positional_embedding)
+        batch = max(1, 2000 // tokens) if crops.device.type == "cpu" else 512
+    with torch.autocast(crops.device.type, torch.bfloat16, enabled=amp):
+        features = torch.cat([class_feature(model.visual, normalise(part, CLIP_MEAN, CLIP_STD))
+                              for part in crops.split(batch)])
+    # Compared in float32: in bf16 close classes would be equal. argmax needs no unit length: it is
+    # the same for every class.
+    scores = best_name(features.float() @ Wq.T, names or [1] * len(Wq))
+    winner = scores.argmax(1).unflatten(0, (len(images), -1))
+    return F.one_hot(winner, scores.shape[1]).sum(1)
 
 
 def crop_hypothesis(counts, t):
     """Eq. 6: the classes detected in more than the share t of the crops. counts: B×C → bool B×C."""
     return counts / counts.sum(1, keepdim=True) > t
+
+
+def global_scores(model, image, Wq, scale=None, amp=False):
+    """100·cosine of an image to each class (ReCLIP): uint8 3×H×W → C.
+
+    scale: None for the image as CLIP sees it, its centre, to which the published thresholds
+    belong; or, as in `recipe`, the size at which the whole image is encoded. amp: in bf16.
+    """
+    view = (clip_view(image[None], model.visual.input_resolution) if scale is None else
+            resize_to_scale(image, scale)[None])
+    view = normalise(view, CLIP_MEAN, CLIP_STD)
+    with torch.autocast(view.device.type, torch.bfloat16, enabled=amp):
+        feature = (F.normalize(class_feature(model.visual, view).float(), dim=-1) if scale is None
+                   else global_feature(model.visual, view))
+    return 100 * (feature @ Wq.T)[0]
 
 
 def global_hypothesis(scores, threshold, top):
@@ -435,137 +569,15 @@ def global_hypothesis(scores, threshold, top):
     return torch.where(chosen.any(1, keepdim=True), chosen, best)
 
 
-class Images(torch.utils.data.Dataset):
-    """The images of a SegmentationData, for decoding in worker processes."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __getitem__(self, i):
-        return self.data.image(i)
-
-
-@torch.no_grad()
-def make_hypotheses(data, model, Wq, s, path, device):
-    """The hypotheses of all images of `data`, bool len(data)×C, made once and kept in a file.
-
-    The file holds, by image id, what the hypotheses are decided from (how many crops each class
-    won, or 100·cosine to each class), so the thresholds can be changed without encoding again.
-    Its first line tells the settings that made it. Each process makes every world-th group of
-    images, in a file of its own (.part), from which an interrupted run goes on. s: settings
-    hypothesis, crop_ratio or scale, threshold, top, amp, workers, seed. Raises UserError for a file
-    made with other settings.
-    """
-    crops, part = s.hypothesis == "crops", Path(f"{path}.part{rank()}")
-    header = dict(hypothesis=s.hypothesis, data=data.name, classes=data.classes,
-                  seed=s.seed if data.name == "shapes" else 0, clip=fingerprint(model),
-                  activation=s.activation, view=s.crop_ratio if crops else list(s.scale))
-    if data.name == "folder":  # an id of a benchmark is the same image everywhere
-        header["images"] = data.fingerprint
-    line = lambda row: json.dumps(row) + "\n"  # escaped: a file's name may be no UTF-8
-    with folder_lock(path.parent / ".cache.lock", wait=True):
-        barrier()
-        known = {}
-        for file in (path, *sorted(path.parent.glob(f"{path.name}.part*[0-9]"))):
-            if file.exists():
-                known |= read_scores(file, header)
-        barrier()  # before any process adds to what the others read
-        # Groups are the same for any number of processes, and so is the rounding in a batch.
-        size = max(1, 256 // len(crop_windows(64, 64, s.crop_ratio))) if crops else 1
-        groups = torch.arange(len(data)).split(size)
-        missing = [group.tolist() for group in groups
-                   if any(data.ids[i] not in known for i in group)]
-        if missing or not path.exists():
-            own = missing[rank()::world()]
-            loader = torch.utils.data.DataLoader(Images(data), batch_sampler=own, collate_fn=list,
-                                                 num_workers=s.workers)
-            progress = Progress("hypotheses", len(data), len(data) - sum(map(len, missing)))
-            lines = [line(header)] + [line(dict(id=name, scores=known[name])) for name in known]
-            write_text(part, "".join(lines))
-            with open(part, "a", encoding="utf-8") as file:
-                for group, images in zip(own, loader):
-                    images = [image.to(device) for image in images]
-                    scores = (crop_votes(model, images, Wq, s.crop_ratio, s.amp) if crops else
-                              global_scores(model, images[0], Wq, s.scale, s.amp)[None])
-                    for i, row in zip(group, scores.tolist()):
-                        known[data.ids[i]] = row
-                        file.write(line(dict(id=data.ids[i], scores=row)))
-                    file.flush()
-                    progress.advance(len(group) * world())
-            progress.close()
-            barrier()
-            parts = sorted(path.parent.glob(f"{path.name}.part*[0-9]"))
-            for file in parts:
-                known |= read_scores(file, header)
-            if rank() == 0:
-                rows = [dict(id=name, scores=known[name]) for name in data.ids]
-                write_text(path, "".join(map(line, [header, *rows])))
-            barrier()
-            for file in parts if rank() == 0 else ():
-                file.unlink()
-    scores = torch.tensor([known[name] for name in data.ids], dtype=torch.float64)
-    if crops:
-        return crop_hypothesis(scores, s.threshold)
-    return global_hypothesis(scores, s.threshold, s.top)
-
-
-def hypotheses_file(checkpoint, s):
-    """Where the hypotheses of a checkpoint's run are: beside it, or only in its cache."""
-    beside, cached = checkpoint.with_name("hypotheses.jsonl"), Path(s.cache, "hypotheses.jsonl")
-    return cached if cached.exists() and not beside.exists() else beside
-
-
-def read_scores(file, header):
-    """{id: scores} of a file of make_hypotheses. Raises UserError unless its header is this one."""
-    try:
-        lines = file.read_text("utf-8").split("\n")[:-1]  # without a line that was cut short
-        first, *rows = map(json.loads, lines)
-        if first == header:
-            known = {row["id"]: row["scores"] for row in rows}
-            torch.tensor([[0.0] * len(header["classes"]), *known.values()])  # C numbers in each row
-            return known
-    except (ValueError, TypeError, KeyError):  # empty or damaged
-        first = None
-    raise UserError(f"{file} {unlike(first, header)}; delete it or choose another folder with "
-                    "--out")
-
-
-def crop_votes(model, images, Wq, r, amp=False, batch=512):
-    """How many crops of each image every class wins (Sec. III-D).
-
-    model: a CLIP; images: list of uint8 3×H×W, of any sizes; Wq: C×D; r: side of a crop relative to
-    the image's; amp: encode in bf16; batch: crops encoded at once. Returns int64 len(images)×C.
-    """
-    crops = torch.cat([cut_crops(image, r, model.visual.input_resolution) for image in images])
-    with torch.autocast(crops.device.type, torch.bfloat16, enabled=amp):
-        features = torch.cat([model.encode_image(normalise(part, CLIP_MEAN, CLIP_STD))
-                              for part in crops.split(batch)])
-    # Compared in float32: in bf16 close classes would be equal. argmax needs no unit length: it is
-    # the same for every class.
-    winner = (features.float() @ Wq.T).argmax(1).unflatten(0, (len(images), -1))
-    return F.one_hot(winner, len(Wq)).sum(1)
-
-
-def global_scores(model, image, Wq, scale, amp=False):
-    """100·cosine of an image to each class (ReCLIP): uint8 3×H×W → C.
-
-    scale: as in `recipe`; amp: encode in bf16.
-    """
-    view = normalise(resize_to_scale(image, scale)[None], CLIP_MEAN, CLIP_STD)
-    with torch.autocast(view.device.type, torch.bfloat16, enabled=amp):
-        feature = global_feature(model.visual, view)
-    return 100 * (feature @ Wq.T)[0]
-
-
 # ------------------------------------------------------------------------------------------------
-# IV-A  The published settings
+# IV-A  The recipe: the published settings
 
 ALWAYS = dict(
-    clip="ViT-B/16", surgery="program", ratio=(0.5, 2.0), distort=True,  # views
+    clip="ViT-B/16", surgery="program", sigma=5.0, ratio=(0.5, 2.0), distort=True,  # views
     tau=0.01, momentum=0.9, weight_decay=5e-4, power=0.9,  # loss and SGD
     crop_ratio=1 / 6,  # r
     views=0,  # fresh augmentation in every epoch
-    wr_norm="matrix", pooling="area", learn_query=False, tune_encoder=False,  # see Ablations
+    wr_norm="matrix", pooling="area", learn_query=False, tune_encoder=False,  # ablations
 )
 RELEASE = {  # the authors' settings of July 2025
     #             scale       crop  schedule  epochs  batch  lr    PD
@@ -588,751 +600,131 @@ DEMO_ONLY = dict(clip="shapes-tiny", surgery="value", ratio=(1.0, 1.0), distort=
 # ReCLIP's global hypothesis: threshold on 100·cosine, and how many classes if none passes
 GLOBAL = {"voc": (23, 2), "context": (20, 6), "ade": (21, 5), "cityscapes": (21.5, 2),
           "stuff": (20, 8), "shapes": (48, 2)}
+CROPS = {"voc": 0.07, "cityscapes": 0.07, "shapes": 0.12}  # t, elsewhere 0
+ROWS = {"folder": "voc", "stuff171": "stuff"}  # data sets without a row of their own
 
 
-def recipe(dataset, preset="release", method="reclip++", hypothesis=None):
-    """The published settings of a data set as a dict; `folder` uses VOC's. Raises UserError."""
+def recipe(dataset, preset="release", method="reclip++", **given):
+    """The published settings of a data set as a dict; `folder` uses VOC's. Raises UserError.
+
+    given: single values in their place; what follows from them (the threshold of another kind of
+    hypothesis, the prompt denoising of another head) follows.
+    """
     check_dataset(dataset)
-    row = "voc" if dataset == "folder" else dataset
+    row = ROWS.get(dataset, dataset)
     columns = ("scale", "crop", "schedule", "epochs", "batch", "lr", "pd")
     values = DEMO if row == "shapes" else {"release": RELEASE, "paper": PAPER}[preset][row]
     s = ALWAYS | dict(zip(columns, values)) | (DEMO_ONLY if row == "shapes" else {})
     s["bias"], s["decoder"], s["sign"] = *METHODS[method], -1
-    s["hypothesis"] = hypothesis or {"reclip++": "crops", "reclip": "global"}.get(method, "none")
-    s["threshold"], s["top"] = GLOBAL[row] if s["hypothesis"] == "global" else (
-        {"voc": 0.07, "cityscapes": 0.07, "shapes": 0.12}.get(row, 0.0), 0)
+    # On the demo the whole image serves ReCLIP better than CLIP's view of it.
+    s["hypothesis"] = {"reclip++": "crops", "maskclip": "none"}.get(
+        method, "global-full" if row == "shapes" else "global")
     # τ1. The demo's is softer: with 0.01 its masks are so sharp that a class now and then dies.
     s["mask_temperature"] = {"reclip": 0.001}.get(method, 0.01) * (100 if row == "shapes" else 1)
-    s["pd_temperature"] = {"reclip": 0.01}.get(method, 0.1)
-    if method != "reclip++" and row != "shapes":
-        s["pd"] = {"maskclip": None, "reclip": 0.6 if row == "context" else 0.5}[method]
-    return s
+    s |= given
+    s["threshold"], s["top"] = (GLOBAL[row] if s["hypothesis"].startswith("global") else
+                                (CROPS.get(row, 0.0), 0))
+    s["pd"], s["pd_temperature"] = head_denoising(row, s["bias"], s["decoder"], s["pd"])
+    return s | given
+
+
+def head_denoising(dataset, bias, decoder, pd):
+    """Prompt denoising and its temperature belong to what the logits are: (PD, temperature).
+
+    pd: ReCLIP++'s, which is for logits that a decoder's BatchNorm has widened. Without a decoder
+    ReCLIP's; none for MaskCLIP, whose logits are cosines, and on the demo.
+    """
+    if decoder:
+        return pd, 0.1
+    plain = bias == "none" or dataset == "shapes"
+    return None if plain else 0.6 if dataset == "context" else 0.5, 0.01
 
 
 # ------------------------------------------------------------------------------------------------
-# Training
+# Training: one step, and the loop
+
+
+def rectification_loss(network, features, p, Wq, Wr, hypothesis, noise, tau, mask_temperature,
+                       pooling="area"):
+    """One training step: from what CLIP says of B views, and their hypotheses, to the loss.
+
+    network: a Rectifier; features: B×D×h×w, not normalised; p: 1×width×h×w; Wq, Wr: C×D;
+    hypothesis: bool B×C; noise: B×C×h×w, Gumbel; tau, mask_temperature: τ and τ1; pooling: "area",
+    or the ablation "cosine". Returns a 0-dim tensor.
+    """
+    Z = F.normalize(features, dim=1)  # III-A
+    Mq, logits = network(Z, p, Wr, Wq)  # III-B and III-C
+    masks = gumbel_masks(logits, mask_temperature, noise)
+    similarities = (masked_pooling(masks, Mq) if pooling == "area" else
+                    cosine_pooling(masks, Z, Wq))
+    return contrastive_loss(similarities, hypothesis, tau)  # III-D
 
 
 def train(s, data, model, rectifier, hypothesis, run, device):
     """Learn the bias of CLIP on `data` (Sec. IV-A).
 
     s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
-    images are opened; hypothesis: bool len(data)×C; run: the Run that keeps what is learned, and
-    from whose checkpoint training goes on.
+    images are opened; hypothesis: a function, indices of B images → bool B×C; run: the Run that
+    keeps what is learned, and from whose checkpoint training goes on.
     """
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay, fused=True)
-    first = run.resume(optimizer)
-    visual = (rectifier.visual if s.tune_encoder else  # Table VI
-              image_encoder(model, s.preset, s.amp))
+    batches = run.start(optimizer, Batches(len(data), s.batch, s.epochs, s.seed))
+    visual = rectifier.visual or image_encoder(model, s.preset, s.amp)
     views = TrainingViews(data, s.scale, s.crop, s.ratio, s.distort, s.seed)
     grid = -(-s.crop // visual.conv1.stride[0])
     p = resized_positions(visual, grid, grid)
 
     def encode(batch):
         """Dense features, B×D×h×w, float32, of a batch of training views."""
-        images = normalise(batch["view"].to(device, non_blocking=True),
-                           *preset_statistics(s.preset),
-                           batch["size"].to(device, non_blocking=True))
         with torch.set_grad_enabled(s.tune_encoder):
-            with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-                return dense_features(visual, images, s.surgery).float()
+            return encode_views(visual, to_device(batch["view"], device), s,
+                                to_device(batch["size"], device))
 
-    batches = Batches(len(data), s.batch, s.epochs, s.seed, first)
     if s.views and len(batches):  # CLIP is frozen: what it says of a view need be asked only once
+        D = rectifier.Wq.shape[1]
         facts = {key: getattr(s, key) for key in ("preset", "surgery", "activation")}
-        views = make_views(views, s, "views", facts | dict(clip=fingerprint(model)),
-                           lambda batch: dict(features=encode(batch).half()), device)
-    loader = batches.loader(views, s.workers, device)
-    hypothesis = hypothesis.to(device)
+        facts |= dict(sigma=s.sigma) if s.surgery == "naclip" else {}
+        views = make_views(views, s, "views", facts | dict(clip=clip_fingerprint(model)),
+                           dict(features=(np.float16, (D, grid, grid))),
+                           lambda batch: dict(features=encode(batch).half()))
     rectifier.train()
-    # "value" leaves the MLP of the encoder's last block out.
-    network = parallel(rectifier, device, s.tune_encoder and s.surgery == "value")
-    log = Log(run.path.with_name("log.jsonl"), "rectify", batches.total, first)
+    # A surgery without the MLP of the encoder's last block leaves its parameters without gradient.
+    network = parallel(rectifier, device, s.tune_encoder and not SURGERIES[s.surgery][1])
     with run:
-        for step, batch in enumerate(log.timed(loader), first):
+        for step, batch in run.steps(read_ahead(views, batches, s.workers)):
             epoch = step // batches.per_epoch
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * (1 - epoch / s.schedule) ** s.power
-            if s.views:
-                features = batch["features"].to(device, non_blocking=True).float()
-            else:
-                features = encode(batch)
+            features = to_device(batch["features"], device).float() if s.views else encode(batch)
             if s.tune_encoder:
                 p = resized_positions(visual, grid, grid)
-            Z = F.normalize(features, dim=1)
-            Mq, logits = network(Z, p, rectifier.Wr(model))
-            names = [data.ids[i] for i in batch["index"].tolist()]
-            seeds = [draw_seed(s.seed, epoch, name, "gumbel") for name in names]
-            noise = gumbel_noise(logits.shape[1:], seeds, device)
-            masks = gumbel_masks(logits, s.mask_temperature, noise)
-            similarities = (masked_pooling(masks, Mq) if s.pooling == "area" else
-                            cosine_pooling(masks, Z, rectifier.Wq))
-            present = hypothesis[batch["index"].to(device, non_blocking=True)]
-            loss = contrastive_loss(similarities, present, s.tau) * batches.weight(step)
+            Wq, Wr = rectifier.texts(model)
+            present = to_device(hypothesis(batch["index"]), device)
+            seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel")
+                     for i in batch["index"].tolist()]
+            noise = gumbel_noise((len(data.classes), grid, grid), seeds, device)
+            loss = rectification_loss(network, features, p, Wq, Wr, present, noise, s.tau,
+                                      s.mask_temperature, s.pooling) * batches.weight(step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            log.step(step + 1, len(seeds), lr=optimizer.param_groups[0]["lr"],
-                     loss=mean_over_processes(loss.detach()))
-            run.after(step + 1, optimizer, batches, log)
-    log.close()
-
-
-class Batches:
-    """The batches of all epochs as lists of (epoch, index), from a given step on.
-
-    The order of an epoch depends on (seed, epoch) alone, so any step can be the first. Of several
-    processes each gets its share of every batch; where there is none left for it, a copy of the
-    batch's first image, with the weight 0.
-    """
-
-    def __init__(self, n, batch, epochs, seed, first=0):
-        self.n, self.batch, self.seed, self.first = n, batch, seed, first
-        self.per_epoch = -(-n // batch)
-        self.total = epochs * self.per_epoch
-        self.epoch, self.order = None, None  # the last that was asked for
-
-    def __len__(self):
-        return max(0, self.total - self.first)
-
-    def __iter__(self):
-        for step in range(self.first, self.total):
-            images = self.images(step)
-            yield [(self.epoch, i) for i in images[rank()::world()] or images[:1]]
-
-    def images(self, step):
-        """The indices of a whole batch."""
-        epoch, place = divmod(step, self.per_epoch)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, "order"))
-            self.epoch, self.order = epoch, torch.randperm(self.n, generator=generator).tolist()
-        return self.order[place * self.batch : (place + 1) * self.batch]
-
-    def weight(self, step):
-        """This process's share of a batch, relative to the mean share: 1 for a single process."""
-        size = min(self.batch, self.n - step % self.per_epoch * self.batch)
-        return len(range(rank(), size, world())) * world() / size
-
-    def loader(self, views, workers, device):
-        """A DataLoader of these batches; views: TrainingViews or FixedViews."""
-        whole = isinstance(views, FixedViews)  # which gives batches, not items
-        options = dict(sampler=self, batch_size=None) if whole else dict(batch_sampler=self)
-        return torch.utils.data.DataLoader(views, num_workers=workers, **options,
-                                           pin_memory=device.type == "cuda")
-
-
-# ---- What CLIP says of the views, computed once (--views) ----------------------------------------
-
-
-BLOCK = 16  # views that are encoded at once, and done or to be done again
-
-
-class FixedViews(torch.utils.data.Dataset):
-    """What a frozen network says of K views of each image, from a file; epoch e has view e mod K.
-
-    They are the views that fresh augmentation gives in the first K epochs. records: K×n, an array
-    with a named field for each thing that is kept of a view; it may lie on disk.
-    """
-
-    def __init__(self, records):
-        self.records = records
-
-    def __getstate__(self):  # a worker that is not forked maps the file itself
-        return self.records.filename, self.records.shape
-
-    def __setstate__(self, state):
-        self.records = open_array(*state)
-
-    def __getitem__(self, batch):
-        """A list of (epoch, index) of one epoch → index, int64 B, and B×… of each field by name."""
-        index = [i for _, i in batch]
-        rows = self.records[batch[0][0] % len(self.records)][index]
-        fields = {name: torch.from_numpy(np.ascontiguousarray(rows[name]))
-                  for name in rows.dtype.names}
-        return dict(index=torch.tensor(index), **fields)
-
-
-@torch.no_grad()
-def make_views(views, s, name, facts, encode, device):
-    """FixedViews of s.views views per image, made once and kept in a memory-mapped file.
-
-    views: TrainingViews; s: settings cache, views, amp, workers; name: of the file; facts: plain
-    values, on which what `encode` gives depends; encode: a batch of `views` → {name: tensor B×…} of
-    what is to be kept, in the types to be kept. While it grows the file is called NAME.npy.part,
-    and NAME.done tells which of its blocks are there, so that an interrupted run goes on; several
-    processes share the work. Raises UserError for a file made with other settings, a damaged one,
-    and too small a disk.
-    """
-    data, K, n = views.data, s.views, len(views)
-    path, part, done_path = (s.cache / f"{name}{end}" for end in (".npy", ".npy.part", ".done"))
-    blocks = [(k, rows) for k in range(K) for rows in torch.arange(n).split(BLOCK)]
-    header = dict(data=data.name, images=data.fingerprint, views=K, seed=views.seed,
-                  scale=list(views.scale), crop=views.crop, ratio=list(views.ratio),
-                  distort=views.distort, **facts)
-    with folder_lock(s.cache / ".cache.lock", wait=True):
-        barrier()
-        check_header(s.cache / f"{name}.json", header, path.exists() or done_path.exists())
-        if not path.exists():
-            sample = encode(torch.utils.data.default_collate([views[0, 0]]))
-            kind = np.dtype([(key, value[0].cpu().numpy().dtype, tuple(value.shape[1:]))
-                             for key, value in sample.items()])
-            gigabytes = K * n * kind.itemsize / 1e9
-            print(f"views: {K} of each image, {gigabytes:.2f} GB → {path}", flush=True)
-            if rank() == 0 and not (part.exists() and done_path.exists()):
-                done_path.unlink(missing_ok=True)
-                allocate(part, (K, n), kind)
-                done_path.write_bytes(bytes(len(blocks)))
-            barrier()
-            records = open_array(part, (K, n), "r+", kind)
-            done = np.memmap(done_path, np.uint8, "r+", shape=len(blocks))
-            left = [i for i in range(len(blocks)) if not done[i]]
-            barrier()  # before any process adds to what the others read
-            own = left[rank()::world()]
-            sampler = [[(blocks[i][0], int(row)) for row in blocks[i][1]] for i in own]
-            loader = torch.utils.data.DataLoader(views, batch_sampler=sampler,
-                                                 num_workers=s.workers,
-                                                 pin_memory=device.type == "cuda")
-            progress = Progress("views", K * n, K * n - sum(len(blocks[i][1]) for i in left))
-            for i, batch in zip(own, loader):
-                k, rows = blocks[i]
-                for key, value in encode(batch).items():
-                    records[key][k, rows[0] : rows[-1] + 1] = value.cpu().numpy()
-                done[i] = 1
-                progress.advance(len(rows) * world())
-            progress.close()
-            records.flush()
-            del records, done  # Windows renames no file that is mapped
-            barrier()
-            if rank() == 0:
-                os.replace(part, path)
-                done_path.unlink()
-            barrier()
-    return FixedViews(open_array(path, (K, n)))
-
-
-def check_header(path, header, kept):
-    """Write what a file is made from beside it, or raise UserError where it was something else.
-
-    kept: whether there is anything of that file; what was only planned is forgotten.
-    """
-    try:
-        old = json.loads(path.read_text("utf-8")) if kept else None
-    except (ValueError, FileNotFoundError):
-        old = "damaged"
-    if old is None and rank() == 0:
-        write_text(path, json.dumps(header, indent=1) + "\n")
-    if old not in (None, header):
-        raise UserError(f"{path} {unlike(old, header)}; delete {path.stem}.* there, or choose "
-                        "another folder with --cache or --out")
-
-
-def allocate(path, shape, kind):
-    """Make an .npy file of zeros whose bytes are there: a write to it cannot fail later."""
-    path.unlink(missing_ok=True)
-    size, free = kind.itemsize * math.prod(shape), shutil.disk_usage(path.parent).free
-    if size > free:
-        raise UserError(f"{path} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
-                        "choose another folder with --cache, fewer --views, or --views 0")
-    np.lib.format.open_memmap(path, "w+", kind, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-
-
-def open_array(path, shape, mode="r", kind=None):
-    """The .npy file of `allocate`, memory-mapped. Raises UserError for another one."""
-    try:
-        array = np.lib.format.open_memmap(path, mode)
-    except (OSError, ValueError):
-        array = None
-    if array is None or array.shape != shape or kind not in (None, array.dtype):
-        raise UserError(f"{path} is damaged; delete it, and it will be made again")
-    return array
-
-
-# ---- Ablations: what the papers compare with; nothing of the method needs it ---------------------
-
-
-class LearnedQuery(Reference):
-    """Query features from learned words, "a photo of a" at first (Table IV; ReCLIP's Table 3).
-
-    forward(model) → Wq, C×D, of unit length.
-    """
-
-    def __init__(self, model, classes):
-        super().__init__(model, classes)
-        words = clip.tokenize("a photo of a")[0, 1:5].long()
-        with torch.no_grad():
-            self.prompt = nn.Parameter(model.token_embedding.weight[words].detach().float())
-
-    def forward(self, model):
-        return F.normalize(self.encode(model), dim=1)
-
-
-class Ablated(Rectifier):
-    """A Rectifier with a part changed.
-
-    wr_norm "class": each row of Wr is divided by its own norm, instead of Wr by that of the matrix;
-    learn_query: as in `LearnedQuery`; visual: None, or an image encoder to fine-tune (Table VI).
-    """
-
-    def __init__(self, model, classes, Wq, bias, decoder, sign, wr_norm="matrix",
-                 learn_query=False, visual=None):
-        super().__init__(model, classes, Wq, bias, decoder, sign)
-        self.wr_norm = wr_norm
-        self.query = LearnedQuery(model, classes) if learn_query else None
-        self.visual = visual and copy.deepcopy(visual).requires_grad_(True)
-
-    def Wr(self, model):
-        """The Reference features; a learned Query takes the place of Wq first."""
-        if self.query is not None:
-            self.live = self.query(model)
-            self.Wq = self.live.detach()
-        Wr = super().Wr(model)
-        return F.normalize(Wr, dim=1) if self.wr_norm == "class" and Wr is not None else Wr
-
-    def forward(self, Z, p, Wr):
-        """As a Rectifier's; while training the Query has a gradient."""
-        learned = self.training and self.query is not None
-        return super().forward(Z, p, Wr, self.live if learned else None)
-
-
-def make_rectifier(model, classes, Wq, s):
-    """The Rectifier that settings ask for."""
-    parts = model, classes, Wq, s.bias, s.decoder, s.sign
-    if (s.wr_norm, s.learn_query, s.tune_encoder) == ("matrix", False, False):
-        return Rectifier(*parts)
-    visual = image_encoder(model, s.preset) if s.tune_encoder else None
-    return Ablated(*parts, s.wr_norm, s.learn_query, visual)
-
-
-def cosine_pooling(masks, Z, Wq):
-    """Similarities as the papers' text has them, with unit-length pooled features; B×C×C.
-
-    masks: B×C×h×w; Z: B×D×h×w; Wq: C×D. See `masked_pooling` for what they lose.
-    """
-    return F.normalize(masked_pooling(masks, Z), dim=2) @ Wq.T
+            run.after(step + 1, optimizer, len(seeds), loss)
 
 
 # ------------------------------------------------------------------------------------------------
-# What a run keeps, and how it says where it is
+# Inference
 
 
-class Run:
-    """The checkpoint of a training run: what was learned, the settings, and where it stands.
+def encode_views(visual, views, s, sizes=None):
+    """Dense features, float32 B×D×h×w, not normalised, of uint8 views B×3×H×W.
 
-    Kept beside the learned parameters: `optimizer` and `step` to go on from, Wr to predict without
-    the text encoder, and what tells whether another CLIP or other classes are used with it.
-    Raises UserError where the folder holds the checkpoint of other settings.
+    visual: as `image_encoder` gives it; s: settings preset, surgery, sigma and amp (bf16); sizes:
+    B×2, (h, w) of what is not padding, or None.
     """
-
-    def __init__(self, path, s, data, model, learner=None):
-        self.path, self.ids, self.model, self.learner = path, data.ids, model, learner
-        self.facts = dict(kind=path.stem, settings=plain(s), classes=list(data.classes),
-                          images=data.fingerprint, clip=fingerprint(model))
-        self.saved, self.kept, self.stopping = time.monotonic(), 0, False
-        self.previous = load_checkpoint(path) if path.exists() else None  # until it is resumed
-        if self.previous:
-            with as_checkpoint(path):
-                check_same_run(self.previous, self.facts, path)
-
-    def __enter__(self):
-        """Within, Ctrl-C ends training after the step that is under way; pressed twice, at once."""
-        def stop(number, frame):
-            self.stopping = True
-            signal.signal(signal.SIGINT, self.old_handler)
-
-        self.old_handler = signal.signal(signal.SIGINT, stop)
-        return self
-
-    def __exit__(self, *exception):
-        signal.signal(signal.SIGINT, self.old_handler)
-
-    def after(self, step, optimizer, batches, log):
-        """To be called when `step` steps are done: saves at the end, on Ctrl-C and when it is due.
-
-        Raises UserError, before anything is written, where the loss has become nan or infinite.
-        """
-        finished = step == batches.total
-        # Of several processes none may stop while the others wait for it in the next step.
-        stopping = self.stopping if world() == 1 else (
-            step % 10 == 0 and any(gather(self.stopping)))
-        due = finished or stopping or self.due(step % batches.per_epoch == 0)
-        if due or log.line_due(step):
-            self.check(log.first_bad(), batches)
-        if due:
-            self.save(step, optimizer, finished)
-        if stopping and not finished:
-            barrier()  # it is saved: where one process ends, torchrun ends the others
-            if rank() == 0:
-                print(f"\nstopped after step {step} and saved {self.path}; the same command goes "
-                      "on", file=sys.stderr)
-            raise SystemExit(130)
-
-    def due(self, epoch_ends):
-        """Whether to save: two minutes after the last time, at the end of an epoch after ten
-        seconds. Where a run is saved changes nothing in its result.
-        """
-        return time.monotonic() - self.saved > (10 if epoch_ends else 120)
-
-    def check(self, bad, batches):
-        """Raises UserError if there was a bad step, one whose loss is not finite."""
-        if bad:
-            names = [self.ids[i] for i in batches.images(bad - 1)]
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            left = (f"{self.path} still has step {self.kept}" if self.kept else
-                    "there is no checkpoint yet")
-            raise UserError(f"the loss is not finite at step {bad} (images {', '.join(names[:8])}"
-                            f"{more}); {left}; a smaller --lr may help")
-
-    def save(self, step, optimizer=None, finished=False):
-        """Write the checkpoint; of several processes only the first does."""
-        with torch.no_grad():
-            Wr = self.learner.Wr(self.model) if hasattr(self.learner, "Wr") else None
-        if rank() == 0:
-            save_checkpoint(self.path, self.facts | dict(
-                state=self.learner.state_dict(), Wr=Wr, step=step, finished=finished,
-                optimizer=optimizer and optimizer.state_dict()))
-        self.saved, self.kept = time.monotonic(), step
-
-    def resume(self, optimizer):
-        """Load the checkpoint, if there is one, and return the step to go on from."""
-        checkpoint, self.previous = self.previous, None
-        if checkpoint is None:
-            return 0
-        with as_checkpoint(self.path):
-            self.learner.load_state_dict(checkpoint["state"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            self.kept = checkpoint["step"]
-        if not checkpoint["finished"]:
-            print(f"going on from step {self.kept}")
-        return self.kept
-
-
-def save_checkpoint(path, checkpoint):
-    """torch.save to a temporary file, then rename. Everything in it passes weights_only=True."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        torch.save(checkpoint, temporary)
-    except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
-        temporary.unlink(missing_ok=True)
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"cannot write {path} ({reason}); what was there before is as it was, and "
-                        "the same command goes on from it") from None
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path):
-    """A checkpoint of reclip.py or distill.py as a dict. Raises UserError if it is none."""
-    with as_checkpoint(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("settings", "classes", "clip", "state", "Wr", "step", "finished", "kind"):
-            checkpoint[key]
-    return checkpoint
-
-
-@contextlib.contextmanager
-def as_checkpoint(path):
-    """What goes wrong inside is a UserError: there are many ways to be damaged or foreign."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is not a checkpoint of reclip.py or distill.py, or is damaged "
-                        f"({type(error).__name__}: {reason})") from None
-
-
-def check_same_run(checkpoint, facts, path):
-    """Raises UserError where a run's folder holds the results of other settings."""
-    def same(what, message):
-        if checkpoint[what] != facts[what]:
-            raise UserError(f"{path} was made with {message}; choose another folder with --out")
-
-    same("classes", "other classes")
-    same("clip", "another CLIP")
-    old, new = ({key: value for key, value in settings.items() if key not in MACHINE}
-                for settings in (checkpoint["settings"], facts["settings"]))
-    if changes(old, new):
-        raise UserError(f"{path} {unlike(old, new)}; repeat them, delete the folder, or choose "
-                        "another one with --out")
-    same("images", "other images")
-
-
-def changes(old, new):
-    """What differs between two dicts of plain values, in words; "" for nothing."""
-    return ", ".join(f"{key} {old.get(key)!s:.40} → {new.get(key)!s:.40}"
-                     for key in sorted(old | new) if old.get(key) != new.get(key))
-
-
-def unlike(old, new):
-    """What is the matter with a file that was made from the facts `old` and not from `new`."""
-    return (f"was made with other settings ({changes(old, new)})" if isinstance(old, dict) else
-            "is damaged")
-
-
-# What may change when resuming: the machine, and where things are. Weights are told apart by
-# their fingerprints.
-MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "download", "clip", "teacher"}
-
-
-def plain(s):
-    """Settings as plain values."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
-
-
-def make_folder(path):
-    """Make a run's folder. Raises UserError where it cannot be made or written to."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def folder_lock(path, wait=False):
-    """Hold a lock file, so that two processes do not write the same things at a time.
-
-    It is free again when this process ends, however it ends. Where another has it: wait, or raise
-    UserError. Nothing is held where nothing can be written, and where the system (Windows) or the
-    file system knows no such locks.
-    """
-    if rank() or fcntl is None or not os.access(path.parent, os.W_OK):
-        yield
-        return
-    with open(path, "w") as file:
-        try:
-            # Not flock: a process that reads images would inherit that, and outlive this one.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if not wait:
-                raise UserError(f"another process is at work in {path.parent}; wait for it, or "
-                                "choose another folder with --out") from None
-            print(f"waiting for another process that is at work in {path.parent}", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        yield
-
-
-def fingerprint(model):
-    """A short name for a CLIP's weights, from its projections: other weights, another name."""
-    digest = hashlib.sha256()
-    for tensor in (model.visual.proj, model.text_projection, model.positional_embedding):
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-class Progress:
-    """One line that tells how far something is and how long it will take.
-
-    Rewritten in place on a terminal, every few seconds a new line elsewhere.
-    """
-
-    def __init__(self, title, total, done=0):
-        self.title, self.total, self.done, self.first = title, total, done, done
-        self.start = self.shown = time.monotonic()
-        self.live = sys.stdout.isatty()
-
-    def advance(self, n=1, text=None):
-        """n more are done; text(): what else to show, asked for only when the line is shown."""
-        self.done = min(self.total, self.done + n)  # n is a guess with several processes
-        now = time.monotonic()
-        if now - self.shown > (0.3 if self.live else 5):
-            self.shown = now
-            left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
-            said = text() if text else ""
-            print(f"{self.title} {self.done}/{self.total}{said}  {clock(left)} left",
-                  end="\x1b[K\r" if self.live else "\n", flush=True)
-
-    def close(self):
-        rest = f"{self.title} {self.done}/{self.total}  {clock(time.monotonic() - self.start)}"
-        if self.done > self.first:
-            print(rest, end="\x1b[K\n" if self.live else "\n", flush=True)
-
-
-def clock(seconds):
-    """Seconds as 4 s, 1:05 or 2:03:04."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, hours = seconds // 60 % 60, seconds // 3600
-    return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
-
-
-class Log:
-    """log.jsonl, one line every 50 steps, and the progress line of a training loop."""
-
-    def __init__(self, path, title, total, first=0, every=50):
-        self.path, self.every = path, every
-        self.progress = Progress(title, total, first)
-        self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
-        self.start, self.shown, self.bad = time.monotonic(), "", None
-        # A run that was interrupted after its last checkpoint repeats those steps, and their lines.
-        # A line without its end was being written when the run was stopped.
-        if rank() == 0:
-            try:
-                old = path.read_text().splitlines(keepends=True) if path.exists() else []
-                whole = [line for line in old if line.endswith("\n")]
-                kept = [line for line in whole if json.loads(line)["step"] <= first]
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"{path} is damaged; delete it and repeat the command") from None
-            write_text(path, "".join(kept))
-
-    def timed(self, loader):
-        """Iterate, counting the seconds spent waiting for data."""
-        iterator = iter(loader)
-        while True:
-            start = time.monotonic()
-            batch = next(iterator, None)
-            self.waited += time.monotonic() - start
-            if batch is None:
-                return
-            yield batch
-
-    def step(self, step, images, lr, **losses):
-        """Add up what a step gave; tensors are not waited for until a line is due."""
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        bad = torch.where(losses["loss"].isfinite(), torch.inf, step)
-        self.bad = bad if self.bad is None else torch.minimum(self.bad, bad)
-        self.steps, self.images = self.steps + 1, self.images + images * world()
-        if self.line_due(step):
-            means = gather({name: float(v) / self.steps for name, v in self.sums.items()})
-            seconds = time.monotonic() - self.start
-            row = dict(step=step, lr=lr, images_per_s=round(self.images / seconds, 2),
-                       waited_s=round(self.waited, 2))
-            row |= {name: round(sum(m[name] for m in means) / world(), 6) for name in self.sums}
-            if rank() == 0:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            self.shown = "".join(f"  {name} {row[name]:.3f}" for name in self.sums)
-            self.shown += (f"  lr {lr:.4f}  {row['images_per_s']:.0f} images/s"
-                           f"  waited {self.waited:.0f} s")
-            self.sums, self.steps, self.images = {}, 0, 0
-            self.start, self.waited = time.monotonic(), 0.0
-        self.progress.advance(1, lambda: self.shown)
-
-    def line_due(self, step):
-        """Whether a line is written after a step."""
-        return step % self.every == 0 or step == self.progress.total
-
-    def first_bad(self):
-        """The first step whose loss was not finite, or None; this waits for the device."""
-        bad = math.inf if self.bad is None else float(self.bad)
-        return None if bad == math.inf else int(bad)
-
-    def close(self):
-        self.progress.close()
-
-
-# ------------------------------------------------------------------------------------------------
-# Several processes: torchrun --nproc_per_node N reclip.py …, on one machine or on several that
-# share the run's folder
-
-PATIENCE = datetime.timedelta(days=1)  # of a process for the others, while one downloads or waits
-
-
-def under_torchrun():
-    """Whether torchrun has started this process, or something else that tells it as much."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
-
-def join_processes(device):
-    """Under torchrun join the other processes; returns this one's own device. Only one prints."""
-    if not under_torchrun():
-        return device
-    cuda = device.type == "cuda"
-    if cuda:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=PATIENCE)
-        if rank():
-            sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def leave_processes():
-    """The last thing that a script does."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def rank():
-    """This process's number, 0 for the one that writes and for a single one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier():
-    """Wait until all processes are here."""
-    if world() > 1:
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def one_first():
-    """Of the processes of a machine one is inside before the others: it downloads for all."""
-    later = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if later:
-        barrier()
-    yield
-    if not later:
-        barrier()
-
-
-def gather(value):
-    """What each process has, as a list, in each of them; plain values and CPU tensors."""
-    everyone = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(everyone, value, cpu_group())
-    return everyone
-
-
-@functools.cache
-def cpu_group():
-    """All processes, talking by way of the CPU: no GPU has to finish what it is at."""
-    return dist.new_group(timeout=PATIENCE, backend="gloo")
-
-
-def mean_over_processes(value):
-    """The mean of a 0-dim float tensor over all processes, in each of them."""
-    if world() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-        value = value / world()
-    return value
-
-
-def parallel(module, device, unused=False):
-    """The module itself, or, for several processes, in DistributedDataParallel.
-
-    Gradients are then means over the processes. BatchNorm takes its statistics over all of them on
-    CUDA; on the CPU, where PyTorch cannot, over each process's own share of the batch. unused:
-    whether some parameters never get a gradient.
-    """
-    if world() == 1:
-        return module
-    if device.type == "cuda":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return DistributedDataParallel(module, [device] if device.type == "cuda" else None,
-                                   find_unused_parameters=unused)
-
-
-# ------------------------------------------------------------------------------------------------
-# Inference with a checkpoint
+    images = normalise(views, *preset_statistics(s.preset), sizes)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=s.amp):
+        return dense_features(visual, images, s.surgery, s.sigma).float()
 
 
 class RectifiedCLIP:
@@ -1344,27 +736,133 @@ class RectifiedCLIP:
 
     def __init__(self, model, rectifier, Wr, classes, settings):
         device = model.visual.proj.device
-        self.model, self.classes, self.settings = model, list(classes), settings
-        fine_tuned = getattr(rectifier, "visual", None)  # Table VI
-        self.visual = fine_tuned or image_encoder(model, settings.preset)
+        self.model, self.classes = model, list(classes)
+        self.settings = argparse.Namespace(**dict(sigma=5.0, amp=False) | vars(settings))
+        self.visual = rectifier.visual or image_encoder(model, settings.preset)
         self.patch = model.visual.conv1.stride[0]
-        self.mean, self.std = preset_statistics(settings.preset)
         self.rectifier = rectifier.to(device).eval().requires_grad_(False)
         self.Wr = Wr if Wr is None else Wr.to(device)
 
     @torch.no_grad()
+    def rectify(self, features):
+        """Mq and M (ReCLIP) or Mo (ReCLIP++), B×C×h×w, of features as `encode_views` gives them."""
+        p = resized_positions(self.visual, *features.shape[2:])
+        return self.rectifier(F.normalize(features, dim=1), p, self.Wr)
+
+    @torch.no_grad()
     def features(self, images, amp=False):
         """Z, B×D×h×w, float32, of unit length, and p, 1×width×h×w, of uint8 images B×3×H×W."""
-        images = normalise(images, self.mean, self.std)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            features = dense_features(self.visual, images, self.settings.surgery)
-        Z = F.normalize(features.float(), dim=1)
+        s = argparse.Namespace(**vars(self.settings) | dict(amp=amp))
+        Z = F.normalize(encode_views(self.visual, images, s), dim=1)
         return Z, resized_positions(self.visual, *Z.shape[2:])
 
     @torch.no_grad()
     def logits(self, images, amp=False):
         """Mq and M (ReCLIP) or Mo (ReCLIP++) of uint8 images B×3×H×W; both B×C×h×w, float32."""
         return self.rectifier(*self.features(images, amp), self.Wr)
+
+
+# ================================================================================================
+# Below: what a run makes once, how CLIPs and checkpoints are opened, and the command. What keeps
+# a run alive is in run.py.
+# ================================================================================================
+
+
+@torch.no_grad()
+def make_hypotheses(data, model, Wq, s, folder, device):
+    """The hypotheses of the images of `data`, as a function: indices of B images → bool B×C.
+
+    hypotheses.npy in `folder` holds what they are decided from (how many crops each class won, or
+    100·cosine to each class), so the thresholds can be changed without encoding again. s: settings
+    hypothesis, crop_ratio or scale, threshold, top, activation, amp, workers.
+    """
+    crops, C = s.hypothesis == "crops", len(data.classes)
+    names, scale = [len(names_of(one)) for one in data.classes], None
+    if s.hypothesis == "global-full":
+        scale = list(s.scale)
+    facts = dict(hypothesis=s.hypothesis, data=data.name, images=data.fingerprint,
+                 classes=data.classes, clip=clip_fingerprint(model), activation=s.activation,
+                 view=s.crop_ratio if crops else scale)
+    # Blocks are the same for any number of processes, and so is the rounding in a batch.
+    size = max(1, 256 // len(crop_windows(64, 64, s.crop_ratio))) if crops else 1
+    blocks = [rows.tolist() for rows in torch.arange(len(data)).split(size)]
+
+    def ask(images):
+        images = [to_device(image, device) for image in images]
+        if crops:
+            return dict(scores=crop_votes(model, images, Wq, s.crop_ratio, s.amp, names=names))
+        cosines = [global_scores(model, image, Wq, scale, s.amp) for image in images]
+        return dict(scores=best_name(torch.stack(cosines), names))
+
+    fields = dict(scores=(np.int16 if crops else np.float32, (C,)))
+    records = ask_once(folder / "hypotheses.npy", facts, fields, data, blocks, ask,
+                       s.workers, list)
+
+    def hypothesis(indices):
+        scores = torch.from_numpy(records["scores"][np.asarray(indices)]).double()
+        if crops:
+            return crop_hypothesis(scores, s.threshold)
+        return global_hypothesis(scores, s.threshold, s.top)
+
+    return hypothesis
+
+
+def hypotheses_folder(checkpoint, s):
+    """Where the hypotheses of a checkpoint's run are: beside it, or only in its cache."""
+    beside, cache = (Path(folder, "hypotheses.npy") for folder in (checkpoint.parent, s.cache))
+    return cache.parent if cache.exists() and not beside.exists() else beside.parent
+
+
+# ------------------------------------------------------------------------------------------------
+# Opening CLIPs and checkpoints
+
+
+def load_clip(source, activation="quick_gelu", device="cpu", heads=None):
+    """A frozen float32 CLIP with a ViT image encoder, from a name or a file. Raises UserError.
+
+    activation: what it was trained with; heads: of its image encoder, where its sizes do not tell.
+    """
+    try:
+        with one_first():
+            model, _ = clip.load(source, device="cpu", activation=activation, heads=heads)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if not hasattr(model.visual, "proj"):
+        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a "
+                        "ViT, for example ViT-B/16")
+    if model.vocab_size != 49408 or model.context_length != 77:
+        raise UserError(f"{source} has a vocabulary of {model.vocab_size} and a context of "
+                        f"{model.context_length} tokens; expected OpenAI's 49408 and 77")
+    return model.float().to(device).eval().requires_grad_(False)
+
+
+def image_encoder(model, preset, half=False):
+    """The encoder of dense features: CLIP's own, for the paper's preset with exact GELU.
+
+    half: for autocast alone, with matrices that are bf16 already; the outcome is the same, but
+    autocast would round those of a frozen encoder anew in every call.
+    """
+    if preset != "paper" and not half:
+        return model.visual
+    visual = copy.deepcopy(model.visual)
+    for module in visual.modules():
+        if preset == "paper" and isinstance(module, MLP):
+            module.gelu = nn.GELU()
+        if half and isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
+            module.bfloat16()
+    return visual
+
+
+def preset_statistics(preset):
+    """(mean, std) that dense features are computed with: ImageNet's in the paper's preset."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if preset == "paper" else (CLIP_MEAN, CLIP_STD)
+
+
+def make_rectifier(model, classes, Wq, s):
+    """The Rectifier that settings ask for."""
+    visual = image_encoder(model, s.preset) if s.tune_encoder else None
+    return Rectifier(model, classes, Wq, s.bias, s.decoder, s.sign, s.wr_norm, s.learn_query,
+                     visual)
 
 
 def open_rectified(path, device="cpu", source=None):
@@ -1377,16 +875,16 @@ def open_rectified(path, device="cpu", source=None):
         s = argparse.Namespace(**checkpoint["settings"])
         s.dataset, s.method, s.preset, s.surgery, s.scale, s.pd, s.seed  # not missing later on
         try:
-            model = load_clip(source or s.clip, s.activation, device)
+            model = load_clip(source or s.clip, s.activation, device, getattr(s, "heads", None))
         except UserError as error:
             raise UserError(f"the CLIP of {path}: {error}; say with --clip where it is now"
                             ) from None
-        if fingerprint(model) != checkpoint["clip"]:
+        if clip_fingerprint(model) != checkpoint["clip"]:
             raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
         state, Wr, classes = checkpoint["state"], checkpoint["Wr"], checkpoint["classes"]
         rectifier = make_rectifier(model, classes, state["Wq"], s)
         rectifier.load_state_dict(state)
-        if Wr is not None and Wr.shape != state["Wq"].shape:
+        if Wr is not None and Wr.shape != (len(classes), state["Wq"].shape[1]):
             raise ValueError(f"Wr is {tuple(Wr.shape)}, not {tuple(state['Wq'].shape)}")
         return RectifiedCLIP(model, rectifier, Wr, classes, s)
 
@@ -1467,108 +965,53 @@ def from_authors(state, model, classes, Wq, settings):
 # The command
 
 
-def load_clip(source, activation="quick_gelu", device="cpu"):
-    """A frozen float32 CLIP with a ViT image encoder, from a name or a file. Raises UserError."""
-    try:
-        with one_first():
-            model, _ = clip.load(source, device="cpu", activation=activation)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
-    if not hasattr(model.visual, "proj"):
-        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a "
-                        "ViT, for example ViT-B/16")
-    if model.vocab_size != 49408 or model.context_length != 77:
-        raise UserError(f"{source} has a vocabulary of {model.vocab_size} and a context of "
-                        f"{model.context_length} tokens; expected OpenAI's 49408 and 77")
-    return model.float().to(device).eval().requires_grad_(False)
-
-
-def image_encoder(model, preset, half=False):
-    """The encoder of dense features: CLIP's own, for the paper's preset with exact GELU.
-
-    half: for autocast alone, with matrices that are bf16 already; the outcome is the same, but
-    autocast would round those of a frozen encoder anew in every call.
-    """
-    if preset != "paper" and not half:
-        return model.visual
-    visual = copy.deepcopy(model.visual)
-    for module in visual.modules():
-        if preset == "paper" and isinstance(module, MLP):
-            module.gelu = nn.GELU()
-        if half and isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
-            module.bfloat16()
-    return visual
-
-
-def preset_statistics(preset):
-    """(mean, std) that dense features are computed with: ImageNet's in the paper's preset."""
-    return (IMAGENET_MEAN, IMAGENET_STD) if preset == "paper" else (CLIP_MEAN, CLIP_STD)
-
-
-def pick_device(name=None):
-    """CUDA, else MPS, else the CPU, unless named; under torchrun one device each.
-
-    Raises UserError for one that is not there.
-    """
-    if name is None:
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = join_processes(torch.device(name))
-        torch.zeros(1, device=device).item()
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def use_amp(given, device):
-    """Whether networks run in bf16: as --amp says, else on a GPU that has instructions for it."""
-    if given is not None:
-        return given
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def parse_arguments(argv):
     """The command line as a namespace; what is not given is None."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--dataset", default="shapes", help="voc, context, ade, cityscapes, stuff, folder, or "
-         "shapes, the built-in demo (default)")
-    flag("--data-root", type=Path, help="the folder that holds the data set (README, Data sets)")
+    flag("--dataset", default="shapes", help="voc, context, ade, cityscapes, stuff, stuff171, "
+         "folder, or shapes, the built-in demo (default)")
+    flag("--data-root", type=user_path, help="the folder that holds the data set (README, Data "
+         "sets)")
+    flag("--train-split", choices=("train", "trainaug"), default="train", help="of voc")
     flag("--classes", help='for folder: "cat, dog, sofa", or a text file with one name a line')
+    flag("--labels", type=user_path, help="for folder: labels to evaluate with; training opens "
+         "none")
+    flag("--labels-offset", type=natural, default=0, help="1 where 0 is background")
     flag("--download", action="store_true", help="fetch voc or ade into --data-root first")
     flag("--method", choices=("reclip++", "reclip", "maskclip"), default="reclip++")
     flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
-    flag("--out", type=Path, help="the run's folder (default: runs/NAME)")
-    flag("--cache", type=Path, help="folder for hypotheses and views, which runs of the same data "
-         "can share (default: the run's folder)")
-    flag("--seed", type=int, default=0)
+    flag("--out", type=user_path, help="the run's folder (default: runs/NAME)")
+    flag("--cache", type=user_path, help="folder for hypotheses and views, which runs of the same "
+         "data can share (default: the run's folder)")
+    flag("--seed", type=seed_number, default=0)
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU "
          "that has it; worth it on a CPU that has instructions for it, too)")
-    flag("--workers", type=int, help="processes that read images (default: one a core, at most 8)")
+    flag("--workers", type=natural, help="processes that read images (default: one a core)")
     group = parser.add_argument_group("single values of the recipe (default: as published)")
     flag = group.add_argument
     flag("--clip", help="a name (ViT-B/16) or a file")
     flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu",
          help="that --clip was trained with; a state dict does not tell")
-    flag("--surgery", choices=("program", "value"), help="keep residual and MLP of the last block, "
-         "or not")
-    flag("--hypothesis", choices=("crops", "global"))
+    flag("--heads", type=count, help="of the image encoder of --clip, where its sizes do not tell")
+    flag("--surgery", choices=tuple(SURGERIES), help="what becomes of CLIP's last block")
+    flag("--sigma", type=positive, help="of naclip: how near is near, in patches")
+    flag("--hypothesis", choices=("crops", "global", "global-full"))
     flag("--crop-ratio", type=float, help="r: side of a window relative to the image's")
     flag("--threshold", type=float, help="t, or for global on 100·cosine")
-    flag("--top", type=int, help="for global: how many classes if none passes")
-    flag("--epochs", type=int, help="stop after")
-    flag("--schedule", type=int, help="epochs of the learning rate's schedule")
-    flag("--batch", type=int)
-    flag("--lr", type=float)
-    flag("--scale", type=int, nargs=2, help="longest and shortest side at most")
-    flag("--crop", type=int)
-    flag("--tau", type=float, help="temperature of the contrastive loss")
-    flag("--mask-temperature", type=float, help="τ1 of the Gumbel-Softmax")
-    flag("--pd", type=float, help="prompt denoising at test time: switch off classes below it")
-    flag("--views", type=int, metavar="K", help="compute CLIP's features of K augmented views of "
-         "each image once, and train on these; 0: fresh views in every epoch")
+    flag("--top", type=natural, help="for global: how many classes if none passes")
+    flag("--epochs", type=count, help="stop after")
+    flag("--schedule", type=count, help="epochs of the learning rate's schedule")
+    flag("--batch", type=count)
+    flag("--lr", type=positive)
+    flag("--scale", type=count, nargs=2, help="longest and shortest side at most")
+    flag("--crop", type=count)
+    flag("--tau", type=positive, help="temperature of the contrastive loss")
+    flag("--mask-temperature", type=positive, help="τ1 of the Gumbel-Softmax")
+    flag("--pd", type=share, help="prompt denoising at test time: switch off classes below it")
+    flag("--views", type=natural, metavar="K", help="compute CLIP's features of K augmented views "
+         "of each image once, and train on these; 0: fresh views in every epoch")
     group = parser.add_argument_group("ablations: one part of the method changed")
     flag = group.add_argument
     flag("--bias", choices=("independent", "joint", "reference", "none"), help="how extracted: "
@@ -1585,15 +1028,17 @@ def parse_arguments(argv):
 
 
 def settings_of(args):
-    """Recipe and command line together, as a namespace of plain values."""
+    """Recipe and command line together, as a namespace of plain values. Raises UserError."""
     given = {key: value for key, value in vars(args).items() if value is not None}
-    published = recipe(args.dataset, args.preset, args.method, args.hypothesis)
-    s = argparse.Namespace(**vars(args) | published | given)
+    if args.surgery is None and "L/14" in (args.clip or ""):
+        given["surgery"] = "value"
+        print("--surgery value: with larger CLIPs program's residual drowns the features (README)")
+    s = argparse.Namespace(**vars(args) | recipe(**given))
     if "epochs" in given and "schedule" not in given:
         s.schedule = max(s.schedule, s.epochs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     each = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    s.workers = given.get("workers", 0 if s.dataset == "shapes" else min(8, each))
+    s.workers = given.get("workers", 0 if s.dataset == "shapes" else each)
     if s.batch < world():
         if "batch" in given:
             raise UserError(f"--batch is {s.batch}, for {world()} processes; expected one image "
@@ -1601,30 +1046,24 @@ def settings_of(args):
         # As the authors' recipe for Cityscapes does: 16 times the batch, 16 times the rate.
         s.lr, s.batch = s.lr if "lr" in given else s.lr * world() / s.batch, world()
     s.scale = tuple(s.scale)
-    check_values(s)
+    check_settings(s)
     name = [s.dataset] + [v for v, d in ((s.method, "reclip++"), (s.preset, "release")) if v != d]
     s.out = given.get("out", Path("runs") / "-".join(name + [f"seed{s.seed}"] * bool(s.seed)))
     s.cache = given.get("cache", s.out)
     return s
 
 
-def check_values(s):
-    """Raises UserError for a number that cannot work."""
-    least = dict(batch=1, epochs=1, schedule=s.epochs, crop=1, workers=0, scale=1, views=0,
-                 top=int(s.hypothesis == "global"))
-    for key, low in least.items():
-        value = getattr(s, key)
-        if (min(value) if key == "scale" else value) < low:
-            raise UserError(f"--{key} is {value}; expected {low} or more")
-    check_seed(s.seed)
-    for key in ("tau", "mask_temperature", "lr"):
-        if not 0 < getattr(s, key) < math.inf:
-            raise UserError(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected more than 0")
-    for key, low, high in (("crop_ratio", 0.02, 1), ("pd", 0, 1),
+def check_settings(s):
+    """Raises UserError for what cannot work together."""
+    if s.schedule < s.epochs:
+        raise UserError(f"--schedule is {s.schedule}; expected {s.epochs} or more")
+    if s.hypothesis.startswith("global") and s.top < 1:
+        raise UserError(f"--top is {s.top}; expected 1 or more")
+    for key, low, high in (("crop_ratio", 0.02, 1),
                            ("threshold", 0, 1 if s.hypothesis == "crops" else 100)):
-        value = getattr(s, key)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{key.replace('_', '-')} is {value}; expected {low} to {high}")
+        if not low <= getattr(s, key) <= high:
+            raise UserError(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected {low} to "
+                            f"{high}")
     if s.views and s.tune_encoder:
         raise UserError("--tune-encoder changes the features in every step; it needs --views 0")
     if s.method == "maskclip" and (s.bias != "none" or s.decoder or s.learn_query or
@@ -1647,9 +1086,10 @@ def main(argv=None):
     if s.download and rank() == 0:
         download(s.dataset, s.data_root)
     barrier()
-    data = open_dataset(s.dataset, s.data_root, "train", classes, s.seed)
+    data = open_dataset(s.dataset, s.data_root, s.train_split, classes, s.seed, s.labels,
+                        s.labels_offset)
     s.classes = data.classes
-    model = load_clip(s.clip, s.activation, device)
+    model = load_clip(s.clip, s.activation, device, s.heads)
     if s.crop <= model.visual.conv1.stride[0]:
         raise UserError(f"--crop {s.crop} is a single patch; expected more than "
                         f"{model.visual.conv1.stride[0]}")
@@ -1661,15 +1101,17 @@ def main(argv=None):
     with folder_lock(s.out / ".run.lock"):
         run = Run(s.out / "reclip.pt", s, data, model)  # first of all: is it this run's folder?
         torch.manual_seed(s.seed)
-        Wq = query_features(model, data.classes)
-        run.learner = rectifier = make_rectifier(model, data.classes, Wq, s).to(device)
-        if s.bias == "none" and not s.decoder:  # MaskCLIP has nothing to learn
-            run.save(0, finished=True)
-        else:
-            hypothesis = make_hypotheses(data, model, Wq, s, s.cache / "hypotheses.jsonl", device)
-            per_image = hypothesis.sum(1).float().mean().item()
-            print(f"hypotheses: {per_image:.2f} classes per image")
-            train(s, data, model, rectifier, hypothesis, run, device)
+        if not run.finished:
+            Wq = query_features(model, data.classes)
+            run.learner = rectifier = make_rectifier(model, data.classes, Wq, s).to(device)
+            if s.bias == "none" and not s.decoder:  # MaskCLIP has nothing to learn
+                run.save(0, finished=True)
+            else:
+                hypothesis = make_hypotheses(data, model, Wq, s, s.cache, device)
+                found = sum(int(hypothesis(rows).sum())
+                            for rows in torch.arange(len(data)).split(4096))
+                print(f"hypotheses: {found / len(data):.2f} classes per image")
+                train(s, data, model, rectifier, hypothesis, run, device)
     barrier()  # the checkpoint is there
     import evaluate  # which needs this module; it sees the checkpoint only
     options = ["--device", s.device, "--workers", str(s.workers), "--clip", s.clip,

@@ -1,7 +1,9 @@
-"""The figures of evaluate.py and tests/tables.py: predictions side by side, heat maps, charts.
+"""From logits to maps of an image's pixels, and to pictures of them.
 
-Everything here takes tensors, Segmenters (evaluate.py) and data sets, and returns PIL images.
-"Fig." is ReCLIP++'s where nothing else is said. Shapes: C classes, h×w patches, H×W pixels.
+1 logits to label maps: prompt denoising, upsampling, refinement by the image, 2 the figures of
+evaluate.py and tests/tables.py: predictions side by side, heat maps, charts. What draws takes
+tensors, Segmenters (evaluate.py) and data sets, and returns PIL images. "Fig." is ReCLIP++'s where
+nothing else is said. Shapes: B images, C classes, h×w patches, H×W pixels.
 """
 
 import functools
@@ -14,7 +16,155 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as TF
 
 from data import VOID, evenly, legend, overlay, picture_sheet, resize_to_scale, visible
-from reclip import classify, label_map
+
+# ------------------------------------------------------------------------------------------------
+# 1. Logits to label maps
+
+
+def prompt_denoising(logits, pd, temperature):
+    """Switch off the classes that are nowhere likely (PD, MaskCLIP): their logits become -100.
+
+    A class stays if its highest softmax(logits / temperature) over the image reaches pd; the most
+    likely class always does. logits: B×C×h×w; pd: 0…1 or None for all. In float32: VOC's PD of 1.0
+    keeps the classes whose float32 probability rounds to 1.
+    """
+    if pd is None:
+        return logits
+    confidence = (logits.float() / temperature).softmax(1).amax((2, 3))  # B×C
+    off = (confidence < pd) & (confidence < confidence.amax(1, keepdim=True))
+    return logits.masked_fill(off[:, :, None, None], -100.0)
+
+
+def label_map(logits, padded, view, size, chunk=None):
+    """Class of every pixel: logits upsampled (bilinear) to the network's input, then to the label.
+
+    logits: B×C×h×w, covering `padded` (height, width) pixels, of which the top left `view` are the
+    image, whose label has `size`. Returns int64 B×H×W. A large map is made tile by tile, one that
+    is small or hardly upsampled goes through the classes in chunks (at most 32, and 256 MB): the
+    same but for ties and rounding, and memory does not grow with C times the pixels.
+    """
+    pixels = math.prod(size)
+    if chunk is None and pixels >= max(2**17, 32 * math.prod(logits.shape[2:])):
+        return torch.stack([tiled_label_map(each, padded, view, size) for each in logits])
+    chunk, best = chunk or max(1, min(32, 2**26 // (len(logits) * pixels))), None
+    for first in range(0, logits.shape[1], chunk):
+        part = F.interpolate(logits[:, first : first + chunk], padded, mode="bilinear")
+        part = part[..., : view[0], : view[1]]
+        if tuple(view) != tuple(size):
+            part = F.interpolate(part, size, mode="bilinear")
+        value, index = part.max(1)
+        if best is None:
+            best, labels = value, index
+        else:
+            labels = torch.where(value > best, index + first, labels)
+            best = torch.maximum(value, best)
+    return labels
+
+
+def tiled_label_map(logits, padded, view, size):
+    """`label_map` of one image, C×h×w → int64 H×W, with each tile's unlikely classes left out.
+
+    Upsampling is linear along each side: a pixel is a mean of few logits, weighted by its row and
+    by its column. So within a tile a class lies between its least and its greatest value at the
+    tile's corners (`tiles_of_side` says which these are), and one that is below another's least
+    value at all of them wins no pixel. Mostly one class is left, elsewhere a few are compared.
+    """
+    tile = 16 if math.prod(size) < 2**21 else 32
+    (row_knots, rows, row_corners), (column_knots, columns, column_corners) = (
+        tiles_of_side(*side, tile, logits.device)
+        for side in zip(logits.shape[1:], padded, view, size))
+    corners = weighted_sum(row_corners[..., None], logits[:, row_knots].movedim(2, 0)[:, :, None])
+    corners = weighted_sum(column_corners, corners[..., column_knots].movedim(-1, 0)[..., None, :])
+    least, greatest = corners.amin((1, 3)), corners.amax((1, 3))
+    possible = ~(greatest < least.amax(0)).movedim(0, 2)  # t×u×C for t×u tiles
+    count, first = possible.sum(2), possible.int().argmax(2)
+    labels = first[:, None, :, None].repeat(1, tile, 1, tile)
+    by_row = logits.transpose(0, 1)  # h×C×w
+    for k in range(2, int(count.max()) + 1):
+        for part in (count == k).nonzero().split(max(1, 2**20 // (k * tile**2))):
+            i, j = part.T
+            classes = possible[i, j].nonzero()[:, 1].view(-1, k)
+            near = by_row[row_knots[i][:, :, None, None], classes[:, None, :, None],
+                          column_knots[j][:, None, None]]  # tiles×s×k×s
+            x = weighted_sum(rows[:, i, :, None, None], near.movedim(1, 0)[:, :, None])
+            x = weighted_sum(columns[:, j, None, None], x.movedim(3, 0)[..., None])
+            winner = x.max(2)[1]  # of tiles×tile×k×tile; argmax would be ten times slower
+            labels[i, :, j] = classes.gather(1, winner.flatten(1)).view_as(winner)
+    return labels.flatten(2, 3).flatten(0, 1)[: size[0], : size[1]]
+
+
+def tiles_of_side(n, padded, view, size, tile, device="cpu"):
+    """What `label_map` does along one side, from n logits to `size` pixels, cut into t tiles.
+
+    Returns, with s logits at most to a tile: which they are, int64 t×s; their weights for each
+    pixel, s×t×tile, the last pixel repeated to fill its tile; and their weights at the m places
+    between which all pixels of a tile lie, s×m×t: its ends, and every logit that is passed between.
+    """
+    weights = F.interpolate(torch.eye(n, device=device)[None], padded, mode="linear")[..., :view]
+    weights = F.interpolate(weights, size, mode="linear")[0].T  # size×n; changes nothing if same
+    pixel = torch.arange(-(-size // tile) * tile, device=device).clamp(max=size - 1)
+    weights = weights[pixel].unflatten(0, (-1, tile))  # t×tile×n
+    used = weights.amax(1) > 0  # t×n
+    lowest, highest = used.int().argmax(1), n - 1 - used.int().flip(1).argmax(1)
+    s = int((highest - lowest).max()) + 1
+    knots = lowest.clamp(max=n - s)[:, None] + torch.arange(s, device=device)
+    weights = weights.gather(2, knots[:, None].expand(-1, tile, -1))  # t×tile×s
+    passed = (lowest[:, None] < knots) & (knots < highest[:, None])
+    places = torch.where(passed[..., None], torch.eye(s, device=device), weights[:, :1])
+    corners = torch.cat([weights[:, [0, -1]], places[:, 1:-1]], 1)
+    return knots, weights.permute(2, 0, 1).contiguous(), corners.permute(2, 1, 0).contiguous()
+
+
+def weighted_sum(weights, parts):
+    """Σ weights[i]·parts[i], each broadcast. A matrix product would be TF32 on some GPUs."""
+    total = weights[0] * parts[0]
+    for weight, part in zip(weights[1:], parts[1:]):
+        total.addcmul_(weight, part)
+    return total
+
+
+@torch.no_grad()
+def pamr(image, logits, steps=10, dilations=(8, 16)):
+    """Refine logits by the image (PAMR, Araslanov and Roth, 2020): smooth, but not across edges.
+
+    Every pixel's logits become a weighted mean of those of its 8 neighbours at each dilation,
+    `steps` times; an image ends in copies of its border. The weights are a softmax over all
+    neighbours of -mean over RGB of |difference| / 0.1σ, with σ the standard deviation of the
+    neighbourhood, the pixel itself included once per dilation.
+    image: B×3×H×W, in any unit; logits: B×C×h×w, taken to the image's size first (bilinear, with
+    aligned corners). Returns float32 B×C×H×W. Goes through the classes in chunks that stay in the
+    cache, and the neighbours one by one, so beside the result it needs 16·len(dilations) maps.
+    """
+    image, (H, W), far = image.float(), image.shape[2:], max(dilations)
+
+    def neighbours(x):
+        padded = F.pad(x, [far] * 4, mode="replicate")
+        for d in dilations:
+            places = [(far + dy, far + dx) for dy in (-d, 0, d) for dx in (-d, 0, d) if dy or dx]
+            for top, left in places:
+                yield padded[:, :, top : top + H, left : left + W]
+
+    n = 9 * len(dilations)
+    mean = (sum(neighbours(image)) + len(dilations) * image) / n
+    squares = sum((other - mean) ** 2 for other in neighbours(image))
+    sigma = ((squares + len(dilations) * (image - mean) ** 2) / (n - 1)).sqrt()
+    weights = torch.stack([-((other - image).abs() / (0.1 * sigma + 1e-8)).mean(1, keepdim=True)
+                           for other in neighbours(image)]).softmax(0)  # 8·len(dilations)×B×1×H×W
+    result = image.new_empty(*logits.shape[:2], H, W)
+    chunk = max(1, 2**20 // (len(image) * H * W))
+    for given, refined in zip(logits.split(chunk, 1), result.split(chunk, 1)):
+        x = F.interpolate(given.float(), (H, W), mode="bilinear", align_corners=True)
+        for _ in range(steps):
+            mixed = torch.zeros_like(x)
+            for weight, other in zip(weights, neighbours(x)):
+                mixed.addcmul_(weight, other)
+            x = mixed
+        refined.copy_(x)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Figures
 
 COLOURS = (44, 140, 80), (31, 90, 190), (214, 100, 20), (130, 60, 160), (190, 40, 60)
 font = ImageFont.load_default  # Pillow's own, font(height in pixels)
@@ -102,7 +252,7 @@ def bias_maps(segment, view):
     rectifier, Wr, sign = network.rectifier, network.Wr, network.rectifier.sign
     Z, p = network.features(view, segment.amp)
     Mq, Mo = rectifier(Z, p, Wr)
-    Mr, Mb = classify(Z, Wr), rectifier.bias(Z, p, Wr).expand_as(Mq)
+    Mr, Mb = torch.einsum("bdhw,cd->bchw", Z, Wr), rectifier.bias(Z, p, Wr).expand_as(Mq)
     M, Reference = Mq + sign * Mb, "Reference Z·Wr"
     maps = {"Query": (Mq, Mq)} | {
         "independent": {Reference: (Mr, Mq), "bias Wp·Wr": (Mb, M)},

@@ -13,6 +13,7 @@ results go to runs/authors-NAME/. Shapes: B images, C classes, h×w patches, H×
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -552,41 +553,46 @@ def predict(segment, stage, files, out, device, workers=0, confidence=False, unk
                          each class has, and its mean confidence; .part until all are done.
     Pixels whose probability is less than unknown_below are 255 in the mask, and of no class.
     """
-    names, folders = [*map(called, segment.classes)], ["masks", "overlays", "confidence"]
+    names, used, failed, waiting = [*map(called, segment.classes)], set(), [], None
     colours = dataset_palette(segment.settings.dataset, len(names))
+    progress = Progress("predict", len(files))
+    photos = read_ahead(Photos(files, segment.settings.scale), range(len(files)), workers)
+
+    def note(written):
+        lines.write(json.dumps(written.result()) + "\n")
+        lines.flush()
+        progress.advance()
+
     try:
-        for folder in folders[: 3 if confidence else 2]:
+        for folder in ["masks", "overlays"] + ["confidence"] * confidence:
             (out / folder).mkdir(parents=True, exist_ok=True)
-        kept, known = json.dumps(names, ensure_ascii=False) + "\n", out / "classes.json"
-        if known.exists() and known.read_text("utf-8") != kept:
+        known = out / "classes.json"
+        if known.exists() and known.read_bytes() != json.dumps(names).encode():
             raise UserError(f"{out} has the masks of other classes than {', '.join(names[:5])}; "
                             "choose another folder with --out")
-        write_text(known, kept)
-        failed, photos = [], read_ahead(Photos(files, segment.settings.scale), range(len(files)),
-                                        workers)
-        used, progress, waiting = set(), Progress("predict", len(files)), None
+        write_text(known, json.dumps(names))
         with (open(out / "predictions.jsonl.part", "w") as lines,
               ThreadPoolExecutor(1) as writer):  # files are written while the network is at work
-            for path, loaded in itertools.chain(zip(files, photos), [(None, None)]):
-                if waiting is not None:
-                    lines.write(json.dumps(waiting.result()) + "\n")
-                    lines.flush()
-                    progress.advance()
+            for path, loaded in zip(files, photos):
                 if isinstance(loaded, str):
                     print(f"error: {printable(loaded)}", file=sys.stderr)
                     failed.append(path)
-                    waiting = writer.submit(dict, image=str(path), error=loaded)
-                elif loaded is not None:
-                    (image, view), sure = loaded, None
-                    view, size = view[None].to(device), image.shape[1:]
-                    if confidence or unknown_below:
-                        mask, sure = (x[0].cpu() for x in segment(view, size, stage, True)[stage])
+                    job = functools.partial(dict, image=str(path), error=loaded)
+                else:
+                    image, view = loaded
+                    asked = segment(view[None].to(device), image.shape[1:], stage,
+                                    sure=confidence or unknown_below > 0)[stage]
+                    mask, sure = (x[0].cpu() for x in asked) if isinstance(asked, tuple) else (
+                        asked[0].cpu(), None)
+                    if unknown_below:
                         mask[sure < unknown_below] = VOID
-                    else:
-                        mask = segment(view, size, stage)[stage][0].cpu()
-                    waiting = writer.submit(
+                    job = functools.partial(
                         write_prediction, out, safe_name(path, used), image, mask, names, colours,
                         sure if confidence else None, dict(image=str(path), stage=stage))
+                if waiting is not None:
+                    note(waiting)
+                waiting = writer.submit(job)
+            note(waiting)
         progress.close()
         (out / "predictions.jsonl.part").replace(out / "predictions.jsonl")
     except OSError as error:
@@ -676,15 +682,15 @@ def open_foreign(args, path, state, device):
     method, preset = ("maskclip", "release") if path is None else authors_method(state)
     if method == "reclip" and args.preset is None:
         print(printable(f"{path} does not say its preset; taken for one of 2024, --preset paper"))
-    names = ("preset", "clip", "surgery", "sigma")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    preset, given = args.preset or preset, {
+        name: getattr(args, name) for name in ("clip", "surgery", "sigma")
+        if getattr(args, name) is not None}
     if path is None and args.surgery is None and "L/14" in (args.clip or ""):
         given["surgery"] = "value"
         print("--surgery value: with larger CLIPs program's residual drowns the features (README)")
-    s = dict(preset=preset, method=method) | given
-    s = recipe(dataset, s["preset"], method) | s | dict(dataset=dataset, data_root=args.data_root,
-                                                        seed=0, workers=0)
-    s, classes = argparse.Namespace(**s), CLASSES[dataset] if path else parse_classes(args.classes)
+    s = argparse.Namespace(**recipe(dataset, preset, method, **given), dataset=dataset, seed=0,
+                           preset=preset, method=method, data_root=args.data_root, workers=0)
+    classes = CLASSES[dataset] if path else parse_classes(args.classes)
     model = load_clip(s.clip, args.activation or "quick_gelu", device, args.heads)
     if path is None:
         return plain_maskclip(model, classes, s)
@@ -747,7 +753,7 @@ def parse_arguments(argv):
          "overlays and class areas of these, instead of an evaluation. One that cannot be read is "
          "named on stderr, the others are done all the same, and the exit code is 2")
     flag("--confidence", action="store_true", help="the probability of every pixel's class as well")
-    flag("--unknown-below", type=share, metavar="P", help="255, no class, where that is less than P")
+    flag("--unknown-below", type=share, metavar="P", help="255, no class, where it is less than P")
     flag("--method", choices=("maskclip",), help="show the Query's masks, without rectification")
     flag("--classes", help='with --method maskclip, without a checkpoint: "cat, dog, sofa", or a '
          "text file with one class a line")
@@ -848,7 +854,7 @@ def draw_figures(shown, data, confusions, device, out):
         slope = space_preference(curve)
         totals[f"{title(name)} ({class_preference(total):.2f})"] = total
         curves[title(name) + ("" if slope is None else f" (mean slope {slope:.2f})")] = curve
-    figures["confusion"] = confusion_figure(totals, data.classes)
+    figures["confusion"] = confusion_figure(totals, [*map(called, data.classes)])
     figures["distance"] = distance_figure(curves)
     for name, figure in figures.items():
         save_picture(figure, out / f"{name}.png")

@@ -316,7 +316,8 @@ def chart(lines, ticks, title, width=900, height=480):
     lines: {name: points}, a point is (x, mIoU, half the length of its error bar); ticks: the values
     of x that are marked, in ascending order; title: what x is.
     """
-    ends = [miou + end for points in lines.values() for _, miou, sd in points for end in (-sd, sd)]
+    ends = [miou + end for points in lines.values() for _, miou, sd in points
+            for end in (-sd, sd)] or [0]
     step = next(step for step in (1, 2, 5, 10, 20) if max(ends) - min(ends) < 6 * step)
     low, high = step * math.floor(min(ends) / step), step * math.floor(max(ends) / step + 1)
     left, top, right, bottom = 120, 40 + 52 * len(lines), 2 * width - 50, 2 * height - 120

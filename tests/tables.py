@@ -216,8 +216,11 @@ def measured(folder, teacher, flags):
     """{measure: value} in a run's results.json, of its own stage."""
     file = Path(folder) / "results.json"
     stage = "distilled" if teacher else "maskclip" if "maskclip" in flags else "rectified"
-    results = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    results = {name: result for name, result in results.items() if result.get("standard")}
+    try:
+        results = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        results = {name: result for name, result in results.items() if result.get("standard")}
+    except (ValueError, AttributeError):
+        raise UserError(f"{file} is damaged; delete it") from None
     others = dict(linear_probe=f"linear_probe_{stage}", pamr=f"{stage}_pamr")
     return results.get(stage, {}) | {measure: results[name]["miou"]
                                      for measure, name in others.items() if name in results}
@@ -249,8 +252,8 @@ def make_runs(runs, tables, args):
     for seed, run in itertools.product(args.seeds, runs):
         folder, (script, words) = args.out / f"{run}-{seed}", command(run, seed, runs, args)
         made = folder / "command.txt"
-        known = made.read_text("utf-8") if made.exists() else None
-        if known != " ".join(words) or needed[run] - measured(folder, *runs[run]).keys():
+        known = made.read_bytes() if made.exists() else None
+        if known != " ".join(words).encode() or needed[run] - measured(folder, *runs[run]).keys():
             todo.append((run, folder, script, words))
     print(f"{total} runs, {len(todo)} of them still to be made → {args.out}/", flush=True)
     progress = Progress("tables", total, total - len(todo))

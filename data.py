@@ -288,7 +288,8 @@ class SegmentationData:
         """uint8 3×H×W. Raises UserError for a file that cannot be read."""
         return read_image(self.image_path(index))
 
-    __getitem__ = image  # a dataset of images, for read_ahead
+    def __getitem__(self, index):  # a dataset of images, for read_ahead
+        return self.image(index)
 
     def size(self, index):
         """(H, W) of image(index), read from the file's header."""

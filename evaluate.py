@@ -27,17 +27,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from data import (CLASSES, PHOTOS, VOID, Parser, UserError, called, clean_exit, count,
-                  dataset_palette, draw_seed, list_folder, natural, open_dataset, parse_classes,
-                  path as user_path, positive, printable, read_ahead, read_image, resize_to_scale,
-                  save_picture, share, write_text)
+from data import (CLASSES, called, dataset_palette, draw_seed, open_dataset, parse_classes,
+                  resize_to_scale)
 from distill import load_student
-from figures import comparison, confusion_figure, distance_figure, heatmaps, with_legend
-from reclip import (SURGERIES, Progress, RectifiedCLIP, authors_method, authors_state,
-                    checkpoint_in, folder_lock, from_authors, gather, hypotheses_folder, label_map,
-                    leave_processes, load_checkpoint, load_clip, make_folder, make_hypotheses,
-                    open_rectified, pamr, pick_device, plain_maskclip, prompt_denoising,
-                    query_features, rank, recipe, to_device, use_amp, world)
+from files import (PHOTOS, VOID, Parser, UserError, clean_exit, count, list_folder, natural,
+                   path as user_path, positive, printable, read_ahead, read_image, save_picture,
+                   share, write_text)
+from maps import (comparison, confusion_figure, distance_figure, heatmaps, label_map, pamr,
+                  prompt_denoising, with_legend)
+from reclip import (SURGERIES, RectifiedCLIP, authors_method, authors_state, from_authors,
+                    hypotheses_folder, load_clip, make_hypotheses, open_rectified, plain_maskclip,
+                    query_features, recipe)
+from run import (Progress, checkpoint_in, folder_lock, gather, leave_processes, load_checkpoint,
+                 make_folder, pick_device, rank, to_device, use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # Scores

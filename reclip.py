@@ -191,11 +191,11 @@ class Reference(nn.Module):
     The sequence is [start] v_1 … v_L name [end]. L is 73 where names have up to two tokens, and
     gives way to longer names so that none loses its end token. forward(model) → Wr, C×D, divided
     by the norm of the whole matrix; of a class with several names the mean of their features.
-    words: a text to start from, and of its length, as the ablation does that learns the Query.
+    text: words to start from, and of its length, as the ablation does that learns the Query.
     Raises UserError where a name leaves no room for a prompt.
     """
 
-    def __init__(self, model, classes, words=None):
+    def __init__(self, model, classes, text=None):
         super().__init__()
         self.names = [len(names_of(one)) for one in classes]
         words = [name for one in classes for name in names_of(one)]
@@ -211,10 +211,8 @@ class Reference(nn.Module):
         start = model.token_embedding.weight[names[0][0]].detach().float()
         self.register_buffer("start", start.clone()[None])
         # Every word starts as the embedding of token 0, as in the authors' program.
-        ids = torch.zeros(L).long() if words is None else clip.tokenize(words)[0].long()
-        ids = ids if words is None else ids[1 : int(ids.argmax())]
-        embeddings = model.token_embedding.weight[ids.to(start.device)].detach()
-        self.prompt = nn.Parameter(embeddings.float())
+        first = [0] * L if text is None else [i for i in clip.tokenize(text)[0].tolist() if i][1:-1]
+        self.prompt = nn.Parameter(model.token_embedding.weight[first].detach().float())
         self.layout = None
 
     def encode(self, model):

@@ -800,7 +800,6 @@ def assess(segment, data, args, device, bins):
     finished, on the validation images of its own data set in the way of its recipe.
     """
     s, workers = segment.settings, args.workers
-    workers = s.workers if workers is None else workers
     confusions = evaluate(segment, data, s.scale, device, args.batch, workers, bins)
     probed, results = {}, {}
     if args.linear_probe:
@@ -878,15 +877,15 @@ def main(argv=None):
     segmenters = [open_segmenter(args, path, device) for path in paths]
     first = segmenters[0]
     s, out = first.settings, args.out or first.folder
+    args.workers = s.workers if args.workers is None else args.workers
     if args.images:
         stage = (args.method or first.names[-1]) + "_pamr" * (args.pamr is not None)
         if args.method and args.method not in first.names:
             raise UserError(f"--method {args.method}: this checkpoint has only "
                             f"{', '.join(first.names)}")
         print(printable(f"masks of {first.path or 'CLIP alone'}"))
-        workers = s.workers if args.workers is None else args.workers
         return predict(first, stage, find_images(args.images), args.out or out / "predictions",
-                       device, workers, args.confidence, args.unknown_below or 0.0)
+                       device, args.workers, args.confidence, args.unknown_below or 0.0)
 
     data = open_split(args, first, args.split)
     for segment in segmenters:
@@ -925,9 +924,8 @@ def main(argv=None):
         if first.student or s.hypothesis == "none" or first.folder != first.path.parent:
             raise UserError(f"--hypotheses: {first.path} was not trained with hypotheses of its "
                             "own")
-        images = open_split(args, first, getattr(s, "train_split", "train"))
-        network = first.network
-        hypothesis = make_hypotheses(images, network.model, network.rectifier.Wq, s,
+        images, clip = open_split(args, first, getattr(s, "train_split", "train")), first.network
+        hypothesis = make_hypotheses(images, clip.model, clip.rectifier.Wq, s,
                                      hypotheses_folder(first.path, s), device)
         precision, recall = hypothesis_quality(hypothesis, images)
         print(f"hypotheses of {len(images)} training images: precision {precision:.1f} %, recall "

@@ -5,7 +5,8 @@
 
 Makes tables.md, tables.json and fig3.png by dozens of runs of the three scripts, each with a
 log.txt in its folder. Goes on where it was interrupted; several may run at once, each with other
---seeds. Options that the scripts share, such as --device and --workers, are passed on to them.
+--seeds. Options that the scripts share, such as --device and --workers, are passed on to them. What
+the papers report, and the runs that make it, stands in papers.py.
 """
 
 import contextlib
@@ -24,132 +25,12 @@ import figures  # noqa: E402
 import reclip  # noqa: E402
 from data import (Parser, UserError, clean_exit, open_dataset, path, save_picture,  # noqa: E402
                   seed, write_text)
+from papers import (BLOCKS, CONTRADICTIONS, DISTILLED, RECTIFIED, STAGES, SWEEPS,  # noqa: E402
+                    TABLES)
 from reclip import Progress, make_folder, recipe  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
-# What the papers have, and how to make it
-
-# Runs of reclip.py: what they change of plain ReCLIP++. A model without decoder wants the τ1 of
-# ReCLIP (sharp), one with a decoder, whose BatchNorm widens the logits, that of ReCLIP++ (soft).
-RECTIFIED = {
-    "maskclip": "--method maskclip",
-    "reclip": "--method reclip",
-    "reclip++": "",
-    "reclip-decoder": "--method reclip --decoder --mask-temperature {soft}",
-    "reclip-decoder-crops":
-        "--method reclip --decoder --mask-temperature {soft} --hypothesis crops",
-    "reclip-reference": "--method reclip --bias reference",
-    "reclip-reference-query": "--method reclip --bias reference --learn-query",
-    "reclip-add": "--method reclip --add",
-    "query": "--learn-query",
-    "add": "--add",
-    "tune-encoder": "--tune-encoder --views 0",
-    "global": "--hypothesis global",
-    "no-bias": "--bias none",
-    "no-decoder": "--no-decoder --mask-temperature {sharp}",
-    "cosine": "--pooling cosine",
-    "class-norm": "--wr-norm class",
-}
-# Runs of distill.py: their teacher, and what they change of the recipe.
-DISTILLED = {"maskclip+": ("maskclip", "")} | {
-    f"{teacher}-{name}": (teacher, flags) for teacher in ("reclip", "reclip++")
-    for name, flags in (("distilled", ""), ("mask", "--losses mask"),
-                        ("mask-feature", "--losses mask,feature"), ("learned", "--head learned"),
-                        ("query", "--head query"), ("query-bias", "--head query+bias"))}
-# Title; data sets of the papers' numbers; the row that the others are compared with; rows: what it
-# is, run (– for methods of others) and, unless mIoU, measure, the papers' numbers.
-TABLES = (
-    ("Tables I and II: results", "VOC Context ADE Cityscapes Stuff", 0, (
-        ("MaskCLIP", "maskclip", "49.5 21.7 9.5 19.8 13.6"),
-        ("MaskCLIP+", "maskclip+", "70.0 31.1 12.2 25.2 19.5"),
-        ("ReCLIP, rectified", "reclip", "58.5 25.8 11.1 16.2 14.6"),
-        ("ReCLIP, distilled", "reclip-distilled", "75.8 33.8 14.3 19.9 20.3"),
-        ("ReCLIP++, rectified", "reclip++", "73.5 34.0 13.5 21.7 20.9"),
-        ("ReCLIP++, distilled", "reclip++-distilled", "79.2 34.5 14.5 26.9 23.2"),
-        ("IIC, linear probe", "–", "9.8 – – 6.4 6.7"),
-        ("SegSort, linear probe", "–", "11.7 – – – 16.4"),
-        ("Deep Spectral Methods", "–", "37.2 – – – –"), ("HSG", "–", "41.9 – – – 23.8"),
-        ("ACSeg", "–", "47.1 – – – 16.4"), ("MaskContrast, linear probe", "–", "49.6 – – – –"),
-        ("EAGLE", "–", "– – – 22.1 27.2"), ("DepthSeg", "–", "– – – 23.1 29.0"),
-        ("CLIPpy", "–", "54.6 – 13.5 22.3 –"), ("ReCo", "–", "55.2 26.2 – 19.3 26.3"),
-        ("ReCo, no context elimination", "–", "54.8 23.1 – 18.2 20.8"),
-        ("CLIP-S4", "–", "72.0 33.6 – – –"))),
-    ("Table I: linear probes, which are trained with ground truth", "VOC Cityscapes Stuff", 3, (
-        ("MaskCLIP", "maskclip linear_probe", "– – –"),
-        ("MaskCLIP+", "maskclip+ linear_probe", "– – –"),
-        ("ReCLIP, rectified", "reclip linear_probe", "– – –"),
-        ("ReCLIP, distilled", "reclip-distilled linear_probe", "76.1 49.3 26.2"),
-        ("ReCLIP++, rectified", "reclip++ linear_probe", "– – –"),
-        ("ReCLIP++, distilled", "reclip++-distilled linear_probe", "80.3 54.1 29.5"))),
-    ("Table III: from ReCLIP to ReCLIP++, rectified", "VOC Context", 0, (
-        ("ReCLIP", "reclip", "58.5 25.8"),
-        ("+ decoder", "reclip-decoder", "68.6 27.8"),
-        ("+ hypotheses of crops", "reclip-decoder-crops", "70.4 33.1"),
-        ("+ independent biases (ReCLIP++)", "reclip++", "73.5 34.0"))),
-    ("Table IV: should the Query be learned?", "VOC Context", -1, (
-        ("learned", "query", "71.6 32.1"), ("fixed (ReCLIP++)", "reclip++", "73.5 34.0"))),
-    ("Table V: subtract or add the bias", "VOC Context", -1, (
-        ("add", "add", "72.4 32.9"), ("subtract (ReCLIP++)", "reclip++", "73.5 34.0"))),
-    ("Table VI: fine-tuning CLIP's image encoder", "VOC Context", -1, (
-        ("fine-tuned", "tune-encoder", "1.2 0.4"), ("frozen (ReCLIP++)", "reclip++", "73.5 34.0"))),
-    ("Table VII: class-preference score", "Context", 0, (
-        ("MaskCLIP", "maskclip class_preference", "0.29"),
-        ("MaskCLIP+", "maskclip+ class_preference", "0.31"),
-        ("ReCLIP, rectified", "reclip class_preference", "0.33"),
-        ("ReCLIP++, rectified", "reclip++ class_preference", "0.37"))),
-    ("Table VII: space-preference score", "VOC", 0, (
-        ("MaskCLIP", "maskclip space_preference", "-0.50"),
-        ("MaskCLIP+", "maskclip+ space_preference", "-0.48"),
-        ("ReCLIP, rectified", "reclip space_preference", "-0.41"),
-        ("ReCLIP++, rectified", "reclip++ space_preference", "-0.29"))),
-    ("Table VIII: losses of distillation, ReCLIP++", "VOC", -1, (
-        ("mask", "reclip++-mask", "77.7"),
-        ("mask, feature", "reclip++-mask-feature", "78.9"),
-        ("mask, feature, text", "reclip++-distilled", "79.2"))),
-    ("Table IX: the student's head, ReCLIP++", "VOC", -1, (
-        ("DeepLab's own, learned", "reclip++-learned", "76.2"),
-        ("Query", "reclip++-query", "48.3"),
-        ("Query, bias", "reclip++-query-bias", "50.6"),
-        ("Query, bias, decoder", "reclip++-distilled", "79.2"))),
-    ("Conference paper, Table 3: should the Query be learned?", "VOC Context ADE", -1, (
-        ("learned", "reclip-reference-query", "56.7 23.7 9.4"),
-        ("fixed (ReCLIP without position)", "reclip-reference", "56.7 24.4 10.5"))),
-    ("Conference paper, Table 4: parts of the bias", "VOC Context ADE", 0, (
-        ("Query (MaskCLIP)", "maskclip", "49.5 21.7 9.5"),
-        ("Query, Reference", "reclip-reference", "56.7 24.4 10.5"),
-        ("Query, Reference, position (ReCLIP)", "reclip", "58.5 25.8 11.1"))),
-    ("Conference paper, Table 5: subtract or add the bias", "VOC Context", -1, (
-        ("neither (MaskCLIP)", "maskclip", "49.5 21.7"),
-        ("add", "reclip-add", "57.8 24.9"),
-        ("subtract (ReCLIP)", "reclip", "58.5 25.8"))),
-    ("Conference paper, Table 6: the student's head, ReCLIP", "VOC", 2, (
-        ("DeepLab's own, learned", "reclip-learned", "73.8"),
-        ("Query", "reclip-query", "74.1"),
-        ("Query, Reference", "reclip-distilled", "75.4"),
-        ("Query, Reference, position", "reclip-query-bias", "75.0"))),
-    ("Conference paper, Table 7: losses of distillation, ReCLIP", "VOC", -1, (
-        ("mask", "reclip-mask", "73.0"),
-        ("mask, feature", "reclip-mask-feature", "74.1"),
-        ("mask, feature, text", "reclip-distilled", "75.4"))),
-    ("Not in the papers' tables, rectified", "–", None, (
-        ("ReCLIP++", "reclip++", "–"), ("cosine pooling", "cosine", "–"),
-        ("Wr normalised per class", "class-norm", "–"),
-        ("no bias subtracted", "no-bias", "–"), ("no decoder", "no-decoder", "–"))),
-)
-CONTRADICTIONS = {  # of the papers: (run, data set)
-    ("reclip-distilled", "VOC"): "75.4 in the conference paper, 75.8 in the extended one",
-    ("reclip++", "Stuff"): "21.2 in Table I, 20.9 in Table II",
-}
-# Other last blocks: as a mask, on VOC, Context, ADE and Cityscapes, with sliding windows and lists
-# of synonyms, by the papers of ClearCLIP (the first three), SCLIP and NACLIP.
-BLOCKS = {"program": "74.9 26.4 9.8 12.6", "value": "61.4 28.3 13.6 24.7",
-          "clearclip": "80.9 35.9 16.7 30.0", "sclip": "80.4 34.2 16.1 32.2",
-          "naclip": "79.7 35.2 17.4 35.5", "naclip pamr": "83.0 38.4 19.1 38.3"}
-STAGES = {"masks": "maskclip", "rectified": "reclip++", "distilled": "reclip++-distilled"}
-SWEEPS = {  # of Fig. 3, beside the recipe's own values
-    "shapes": dict(threshold=(0.0, 0.24, 0.36, 0.48), crop_ratio=(1 / 4, 1 / 3, 2 / 3, 1.0)),
-    "others": dict(threshold=(0.0, 0.035, 0.07, 0.14), crop_ratio=(1 / 12, 1 / 8, 1 / 4, 1 / 3)),
-}
+# Runs
 
 
 def all_runs(dataset, preset="release"):
@@ -166,6 +47,7 @@ def all_runs(dataset, preset="release"):
     students, tables = dict(DISTILLED), list(TABLES)
     for kind, run in STAGES.items():
         rows, theirs = [], BLOCKS if kind == "masks" else {}
+        data_sets, blank = ("VOC Context ADE Cityscapes", "– – – –") if theirs else ("–", "–")
         for block in list(BLOCKS)[:5]:
             name = run if block == own["surgery"] else f"{run}-{block}"
             if kind == "distilled":
@@ -175,9 +57,8 @@ def all_runs(dataset, preset="release"):
                 flags = f"{RECTIFIED[run]} --surgery {block}{sigma}"
                 runs.setdefault(name, (None, flags))
             for label, refined in ((block, ""), (f"{block}, PAMR", " pamr")):
-                rows.append((label, name + refined, theirs.get(block + refined, "– – – –")))
-        tables.append((f"Other last blocks, {kind}; theirs with sliding windows and synonyms",
-                       "VOC Context ADE Cityscapes", 0, rows))
+                rows.append((label, name + refined, theirs.get(block + refined, blank)))
+        tables.append((f"Other last blocks, {kind}", data_sets, 0, rows))
     for letter, key, title in (("t", "threshold", "Fig. 3 a: threshold t of the hypotheses"),
                                ("r", "crop_ratio", "Fig. 3 b: relative size r of the crops")):
         rows = []
@@ -192,10 +73,6 @@ def all_runs(dataset, preset="release"):
         dict(label=label, run=run.split()[0], measure=(run.split() + ["miou"])[1],
              papers=[*map(number, papers.split())]) for label, run, papers in rows])
         for title, names, reference, rows in tables]
-
-
-# ------------------------------------------------------------------------------------------------
-# Runs
 
 
 def command(run, seed, runs, args):
@@ -221,7 +98,8 @@ def measured(folder, teacher, flags):
         results = {name: result for name, result in results.items() if result.get("standard")}
     except (ValueError, AttributeError):
         raise UserError(f"{file} is damaged; delete it") from None
-    others = dict(linear_probe=f"linear_probe_{stage}", pamr=f"{stage}_pamr")
+    others = dict(linear_probe=f"linear_probe_{stage}", pamr=f"{stage}_pamr",
+                  no_pd=f"{stage}_no_pd" if f"{stage}_no_pd" in results else stage)
     return results.get(stage, {}) | {measure: results[name]["miou"]
                                      for measure, name in others.items() if name in results}
 
@@ -319,7 +197,9 @@ def collect(tables, runs, args):
 NOTE = """Ours: mean ± standard deviation over n = {n} seeds ({seeds}), on the validation images of
 {dataset}, by the preset {preset}. *Theirs*: the number of the papers for the same row, on the data
 set named, which is not ours; none of it was measured here. mIoU in per cent unless the title says
-otherwise. "not run": methods of others, with the numbers that the papers quote.
+otherwise. "not run": methods of others, with the numbers that the papers quote. *Theirs* of other
+last blocks are those of ClearCLIP, SCLIP and NACLIP: nothing trained, with sliding windows and
+lists of synonyms.
 
 Direction: our difference from the table's reference row and its standard deviation over the seeds,
 and whether it has the sign of the papers' (in the mean over their data sets). "within s.d.": it is

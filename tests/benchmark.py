@@ -33,11 +33,12 @@ import distill  # noqa: E402
 import reclip  # noqa: E402
 from clip.model import CLIP, MLP  # noqa: E402
 from conftest import REAL, plain_text_features, random_clip  # noqa: E402
-from data import (CLASSES, CLIP_MEAN, CLIP_STD, VOID, draw_seed, normalise,  # noqa: E402
-                  open_dataset, read_image)
-from evaluate import Segmenter, evaluate  # noqa: E402
-from reclip import Rectifier, classify, contrastive_loss, dense_features, gumbel_masks  # noqa: E402
+from data import (CLASSES, CLIP_MEAN, CLIP_STD, draw_seed, normalise,  # noqa: E402
+                  open_dataset, palette, read_image, save_picture)
+from evaluate import Segmenter, evaluate, with_legend  # noqa: E402
+from reclip import Rectifier, classify, contrastive_loss, dense_features  # noqa: E402
 
+PHOTO = sorted((REAL / "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))[0]
 # Classes and the side of the training crop
 SETS = {"voc": (CLASSES["voc"], 336), "context": (CLASSES["context"], 480),
         "ade": (CLASSES["ade"], 512)}
@@ -73,6 +74,17 @@ def alternate(functions, repeats, device):
             if repeat or repeats == 1:
                 seconds[i].append(time.perf_counter() - start)
     return [(statistics.median(s), result) for s, result in zip(seconds, results)]
+
+
+HEADING = f"{'':52}{'plain':>9}{'ours':>11}{'ratio':>8}"
+
+
+def compare(name, plain, ours, args, agree, repeats=3):
+    """Print the seconds of two ways to one result. AssertionError unless agree(ours, plain)."""
+    repeats, device = min(repeats, args.repeats), torch.device(args.device)
+    (slow, expected), (fast, actual) = alternate([plain, ours], repeats, device)
+    assert agree(actual, expected), f"{name}: the two ways differ"
+    print(f"{name:50}{slow:9.3f} s{fast:9.3f} s{slow / fast:8.1f}", flush=True)
 
 
 def wait(device):
@@ -146,59 +158,97 @@ def linear_products(visual, n, dtype):
 
 
 @torch.no_grad()
-def encoder(model, sides, repeats, device, batch=1):
+def encoder(model, device, args):
     """How near the encoder comes to the rate at which the machine multiplies such matrices."""
     print("\nfrozen encoder: rates in 10⁹ operations a second; share: of the rate of plain "
           "products of its matrices' sizes")
     print("tokens  type      images/s    rate   products   share   of float32's speed   cosine")
     bf16 = has_bf16(device)
+    sides, repeats = (64,) if args.quick else (336, 512), args.repeats
     encoders = [reclip.image_encoder(model, "release", half) for half in (False, True)]
     for side in sides:
-        images, n = torch.randn(batch, 3, side, side, device=device), (side // 16) ** 2 + 1
+        images, n = torch.randn(1, 3, side, side, device=device), (side // 16) ** 2 + 1
 
         def encode(half):
             with autocast(device, half):
                 return dense_features(encoders[half], images)
 
         types = [torch.float32] + [torch.bfloat16] * bf16
-        products = [linear_products(model.visual, batch * n, dtype) for dtype in types]
+        products = [linear_products(model.visual, n, dtype) for dtype in types]
         functions = [lambda half=dtype == torch.bfloat16: encode(half) for dtype in types]
         results = alternate(functions + [multiply for multiply, _ in products], repeats, device)
         exact = results[0]
         for dtype, (seconds, Z), (products_seconds, _), (_, work) in zip(
                 types, results, results[len(types):], products):
-            rate, best = batch * encoder_work(model.visual, n) / seconds, work / products_seconds
+            rate, best = encoder_work(model.visual, n) / seconds, work / products_seconds
             cosine = F.cosine_similarity(Z.float(), exact[1], dim=1).min()
-            print(f"{n:6}  {str(dtype)[6:]:8}{batch / seconds:10.2f}{rate / 1e9:8.0f}"
+            print(f"{n:6}  {str(dtype)[6:]:8}{1 / seconds:10.2f}{rate / 1e9:8.0f}"
                   f"{best / 1e9:11.0f}{rate / best:8.0%}{exact[0] / seconds:21.2f}{cosine:9.5f}",
                   flush=True)
     if not bf16:
         print("no bf16: this processor has no instructions for it")
+    # What other last blocks cost, at the last of the sizes
+    functions = [lambda surgery=surgery: dense_features(model.visual, images, surgery)
+                 for surgery in reclip.SURGERIES]
+    results = alternate(functions, repeats, device)
+    print("last blocks: " + ", ".join(f"{surgery} {seconds:.2f} s ({seconds / results[0][0]:.2f})"
+                                      for surgery, (seconds, _) in zip(reclip.SURGERIES, results)))
 
 
 # ---- The Reference encoding ----------------------------------------------------------------------
 
 
-def text_encoding(model, classes, repeats, device):
-    """Seconds for the Reference features of C classes, forward and backward to the prompt.
-
-    All 77 positions of every class against the shared prefix. Returns (plain, ours); raises
-    AssertionError unless features agree to 1e-5 and gradients to 1e-5 of the largest.
-    """
+def text_step(model, classes, device):
+    """A function of an encoding, as `reclip.encode_shared_prefix`: its features and gradient."""
     reference = reclip.Reference(model, classes).to(device)
     nn.init.normal_(reference.prompt, std=0.1)
     weights = torch.randn(len(classes), model.text_projection.shape[1], device=device)
 
     def step(encode):
         Wr = encode(model, torch.cat([reference.start, reference.prompt]), reference.suffix)
-        return Wr.detach(), torch.autograd.grad((Wr * weights).sum(), reference.prompt)[0]
+        gradient = torch.autograd.grad((Wr * weights).sum(), reference.prompt)[0]
+        return Wr.detach().float(), gradient
 
-    (plain, expected), (ours, actual) = alternate(
-        [lambda: step(plain_text_features), lambda: step(reclip.encode_shared_prefix)],
-        repeats, device)
-    for a, b in zip(actual, expected):
-        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max()), "the two encodings differ"
-    return plain, ours
+    return step
+
+
+def agree_to(tolerance):
+    """Whether values and gradients are equal, relative to the largest of each if that is over 1."""
+    return lambda ours, plain: all((a - b).abs().max() <= tolerance * max(1, b.abs().max())
+                                   for a, b in zip(ours, plain))
+
+
+def one_sequence(model, prefix, suffix):
+    """The shared prefix with all endings in a single group: what groups replace."""
+    layout = reclip.shared_layout(len(prefix), suffix, group=10**9)
+    return reclip.encode_shared_prefix(model, prefix, suffix, layout)
+
+
+def half_precision(*args):
+    with autocast(args[1].device):
+        return reclip.encode_shared_prefix(*args)
+
+
+def many_names(count):
+    """Names of two and more words, as in vocabularies of that size."""
+    kinds = ("", "small ", "wooden ", "garden ", "old ", "glass ", "toy ", "metal ", "paper ")
+    return [kind + name for kind in kinds for name in CLASSES["ade"]][:count]
+
+
+def text(model, device, args):
+    print(f"\nReference features, forward and backward\n{HEADING}")
+    ours = reclip.encode_shared_prefix
+    rows = [(f"{len(names)} classes: 77 positions each, shared prefix", names, plain_text_features,
+             ours, agree_to(1e-5)) for names, _ in SETS.values()]
+    rows += [(f"{count} classes: one sequence, groups", many_names(count), one_sequence, ours,
+              agree_to(3e-6)) for count in ((300,) if args.quick else (847, 1203))]
+    if has_bf16(device):
+        rows.append(("59 classes: float32, bf16", CLASSES["context"], ours, half_precision,
+                     lambda a, b: F.cosine_similarity(a[0], b[0]).min() > 0.9999))
+    for name, classes, slow, fast, agree in rows:
+        step = text_step(model, classes, device)
+        compare(name, lambda: step(slow), lambda: step(fast), args, agree,
+                3 if len(classes) < 200 else 1)
 
 
 # ---- The rectification step ----------------------------------------------------------------------
@@ -220,10 +270,10 @@ class Step:
 
     plain: fresh features, all positions of every class, QuickGELU and Gumbel-Softmax as they are
     written down, Z pooled and then compared with Wq, as in the authors' program; fresh and cached:
-    ours, with features of the image, or of a file of views.
+    ours, with features of the image, or kept in float16 as in a file of views.
     """
 
-    def __init__(self, model, name, folder, device, quick=False):
+    def __init__(self, model, name, device, quick=False):
         self.model, self.device = model, device
         classes, side = SETS[name]
         side = 64 if quick else side
@@ -241,14 +291,7 @@ class Step:
             for way, rectifier in self.rectifiers.items()}
         self.present = torch.zeros(1, len(classes), dtype=torch.bool, device=device)
         self.present[0, :3] = True
-        path, kind = Path(folder, "views.npy"), np.dtype([("features", "f2", (D, grid, grid))])
-        reclip.allocate(path, (1, 1), kind)
-        self.views = reclip.FixedViews(reclip.open_array(path, (1, 1), "r+", kind))
-
-    @torch.no_grad()
-    def fill(self):
-        """Compute the features that the file of views holds."""
-        self.views.records["features"][0, 0] = self.encode().half().cpu().numpy()[0]
+        self.kept = self.encode().half().cpu()
 
     @torch.no_grad()
     def encode(self):
@@ -256,36 +299,32 @@ class Step:
         with autocast(self.device, self.device.type == "cuda"):
             return dense_features(self.model.visual, image).float()
 
-    def read(self):
-        return self.views[[(0, 0)]]["features"].to(self.device).float()
-
     def plain_loss(self, rectifier, features):
         Z, reference = F.normalize(features, dim=1), rectifier.reference
         Wr = plain_text_features(self.model, torch.cat([reference.start, reference.prompt]),
                                  reference.suffix)
         M = classify(Z, rectifier.Wq) - classify(rectifier.position(self.p), Wr / Wr.norm())
         logits = rectifier.decoder.norm(rectifier.decoder.conv(torch.cat([Z, M], 1)))
-        soft = (logits / 0.01 + self.noise(logits)).softmax(1)
+        soft = (logits / 0.01 + self.noise(logits.shape[1:])).softmax(1)
         hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
         masks = hard + (soft - soft.detach())
         pooled = torch.einsum("bchw,bdhw->bcd", masks, Z) / Z[0, 0].numel()
         return contrastive_loss(pooled @ rectifier.Wq.T, self.present)
 
     def our_loss(self, rectifier, features):
-        Z = F.normalize(features, dim=1)
-        Mq, logits = rectifier(Z, self.p, rectifier.Wr(self.model))
-        masks = gumbel_masks(logits, 0.01, self.noise(logits))
-        return contrastive_loss(reclip.masked_pooling(masks, Mq), self.present)
+        noise = self.noise((len(rectifier.Wq), *features.shape[2:]))
+        return reclip.rectification_loss(rectifier, features, self.p, rectifier.Wq,
+                                         rectifier.Wr(self.model), self.present, noise, 0.01, 0.01)
 
-    def noise(self, logits):
-        return reclip.gumbel_noise(logits.shape[1:], [draw_seed(0, 0, "image", "gumbel")],
-                                   self.device)
+    def noise(self, shape):
+        return reclip.gumbel_noise(shape, [draw_seed(0, 0, "image", "gumbel")], self.device)
 
     def __call__(self, way):
         """One step; returns its loss."""
         rectifier, optimizer = self.rectifiers[way], self.optimizers[way]
         with as_written() if "plain" in way else contextlib.nullcontext():
-            features = self.read() if "cached" in way else self.encode()
+            features = (self.kept.to(self.device).float() if "cached" in way else
+                        self.encode())
             loss = (self.plain_loss if "plain" in way else self.our_loss)(rectifier, features)
         optimizer.zero_grad()
         loss.backward()
@@ -293,89 +332,94 @@ class Step:
         return loss.item()
 
 
-def rectification(model, name, repeats, device, quick):
+def rectification(model, device, args):
     """Seconds a step: plain, fresh views, cached views. AssertionError unless the losses agree."""
-    with tempfile.TemporaryDirectory() as folder:
-        step = Step(model, name, folder, device, quick)
-        step.fill()
+    print("\nrectification step, batch 1 (losses equal to 1e-4; float16: what rounding the cached "
+          "features does to the loss)")
+    print("           plain    fresh  ratio  images/s    cached  ratio  images/s   float16")
+    for name in SETS:
+        step = Step(model, name, device, args.quick)
         losses = {way: step(way) for way in step.rectifiers}  # all at the same parameters
         for ours, plain in (("fresh", "plain"), ("cached", "plain on cached")):
             error = abs(losses[ours] - losses[plain]) / abs(losses[plain])
             assert error <= 1e-4, f"{name}: {ours} loss {losses[ours]}, plain {losses[plain]}"
         half = abs(losses["cached"] - losses["plain"]) / abs(losses["plain"])
         ways = [lambda way=way: step(way) for way in WAYS]
-        return [seconds for seconds, _ in alternate(ways, repeats, device)], half
+        (plain, _), (fresh, _), (cached, _) = alternate(ways, min(3, args.repeats), device)
+        print(f"{name:8}{plain:6.2f} s{fresh:7.2f} s{plain / fresh:7.1f}{1 / fresh:10.2f}"
+              f"{cached:8.2f} s{plain / cached:7.1f}{1 / cached:10.2f}{half:10.1e}", flush=True)
 
 
-def memory_of_step(way, args):
-    """Memory in GB before and at most during two ADE20K steps, in a process of their own."""
-    command = [sys.executable, __file__, "--memory", way, "--device", args.device]
-    command += ["--quick"] * args.quick
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def memory(args):
+    """What two ADE20K steps take, each way in a process of its own."""
+    print("\npeak memory of a process that makes two ADE20K steps; what the steps add to "
+          "libraries, CLIP and parameters")
+    plain = None
+    for way in WAYS:
+        command = [sys.executable, __file__, "--memory", way, "--device", args.device]
+        command += ["--quick"] * args.quick
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        before, peak = json.loads(printed)
+        plain = plain or (peak, peak - before)
+        print(f"{way:8}{peak:6.2f} GB{peak / plain[0]:6.0%} of plain{peak - before:12.2f} GB"
+              f"{(peak - before) / plain[1]:6.0%} of plain", flush=True)
 
 
 def measure_memory(way, args):
     """What that process does: print two numbers, the first with CLIP and the parameters loaded."""
     device = torch.device(args.device)
     model = vit_b16(args.quick).to(device)
-    with tempfile.TemporaryDirectory() as folder:
-        step = Step(model, "ade", folder, device, args.quick)
-        before = peak_memory(device)
-        for _ in range(2):
-            step(way)
-        print([before, peak_memory(device)])
+    step = Step(model, "ade", device, args.quick)
+    before = peak_memory(device)
+    for _ in range(2):
+        step(way)
+    print([before, peak_memory(device)])
 
 
 # ---- Hypotheses ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def plain_votes(model, image, Wq, r):
-    """Votes of an image's crops, which are cut, resized and encoded one at a time: int64 C."""
-    votes = torch.zeros(len(Wq), dtype=torch.int64)
-    for top, left, height, width in reclip.crop_windows(*image.shape[1:], r):
-        crop = image[None, :, top : top + height, left : left + width]
-        crop = reclip.clip_view(crop, model.visual.input_resolution)
-        feature = model.encode_image(normalise(crop, CLIP_MEAN, CLIP_STD)).float()
-        votes[(feature @ Wq.T).argmax()] += 1
-    return votes
+def plain_votes(model, image, Wq, r, batch, half=False):
+    """Votes of an image's crops, encoded `batch` at once by CLIP itself: int64 C."""
+    crops = reclip.cut_crops(image, r, model.visual.input_resolution)
+    with autocast(image.device, half):
+        features = torch.cat([model.encode_image(normalise(part, CLIP_MEAN, CLIP_STD))
+                              for part in crops.split(batch)]).float()
+    return F.one_hot((features @ Wq.T).argmax(1), len(Wq)).sum(0)
 
 
-@torch.no_grad()
-def hypotheses(model, repeats, device, quick):
-    """Seconds for 121 crops of a photograph, one at a time and in a batch."""
-    image = read_image(sorted((REAL / "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))[0]).to(device)
+def hypotheses(model, device, args):
+    """121 crops of a photograph, one at a time and all at once against ours."""
+    print(f"\nhypotheses\n{HEADING}")
+    image = read_image(PHOTO).to(device)
     Wq = F.normalize(torch.randn(20, model.text_projection.shape[1], device=device), dim=-1)
 
-    def ours(half):
-        return reclip.crop_votes(model, [image], Wq, 1 / 6, half)
+    def agree(ours, plain):  # but for a crop or two whose best classes are all but equal
+        return (ours.sum(), plain.sum()) == (121, 121) and (ours - plain).abs().sum() <= 4
 
-    halves = [False] + [True] * has_bf16(device)
-    functions = [lambda: plain_votes(model, image, Wq, 1 / 6)]
-    functions += [lambda half=half: ours(half) for half in halves]
-    (plain, _), *batched = alternate(functions, repeats, device)
-    print("\nhypotheses: 121 crops of a photograph")
-    print(f"one at a time, float32: {plain:.2f} s")
-    for half, (seconds, _) in zip(halves, batched):
-        print(f"batched, {'bf16' if half else 'float32'}: {seconds:.2f} s, {plain / seconds:.2f} "
-              f"times as fast, {121 / seconds:.1f} crops/s", flush=True)
+    for batch, half in [(1, False), (121, False)] + [(121, True)] * has_bf16(device):
+        compare(f"121 crops: {batch} at once, {'bf16' if half else 'float32'}",
+                lambda: plain_votes(model, image, Wq, 1 / 6, batch, half),
+                lambda: reclip.crop_votes(model, [image], Wq, 1 / 6, half)[0], args, agree)
+    agreement(device, 8 if args.quick else 600)
 
 
 @torch.no_grad()
 def agreement(device, images):
-    """On how many of the demo's images bf16 in batches keeps the classes of float32 one by one."""
+    """On how many of the demo's images crops keep the classes that they have one by one."""
     model, data = reclip.load_clip("shapes-tiny", device=device), open_dataset("shapes")
     with contextlib.redirect_stdout(io.StringIO()):
         Wq = reclip.query_features(model, data.classes)
     s = reclip.recipe("shapes")
     pictures = [data.image(i).to(device) for i in range(images)]
-    plain = torch.stack([plain_votes(model, picture, Wq, s["crop_ratio"]) for picture in pictures])
+    plain = torch.stack([plain_votes(model, picture, Wq, s["crop_ratio"], 1).cpu()
+                         for picture in pictures])
     kept = reclip.crop_hypothesis(plain, s["threshold"])
-    for half in (False, True):
+    for kind, half in (("float32", False), ("bf16", True)):
         votes = reclip.crop_votes(model, pictures, Wq, s["crop_ratio"], half).cpu()
         same = (reclip.crop_hypothesis(votes, s["threshold"]) == kept).all(1).sum()
-        print(f"kept classes on the demo, {'bf16' if half else 'float32'} in batches: the same on "
-              f"{same} of {images} images", flush=True)
+        print(f"kept classes on the demo, {kind}: the same on {same} of {images} images")
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -388,25 +432,25 @@ class RandomImages:
 
     def __init__(self, n, sides):
         self.ids, self.sides = [str(i) for i in range(n)], sides
-        self.images = [torch.randint(0, 256, (3, *self.size(i)), dtype=torch.uint8)
-                       for i in range(n)]
-
-    def size(self, i):
-        return self.sides[::1 if i % 2 else -1]
 
     def __len__(self):
         return len(self.ids)
 
+    def draw(self, i, most, *channels):
+        size = self.sides[::1 if i % 2 else -1]
+        return torch.randint(0, most, (*channels, *size), generator=torch.Generator().manual_seed(i))
+
     def image(self, i):
-        return self.images[i]
+        return self.draw(i, 256, 3).to(torch.uint8)
 
     def label(self, i):
-        return torch.randint(0, 20, self.size(i), generator=torch.Generator().manual_seed(i))
+        return self.draw(i, 20)
 
 
-def evaluation(model, repeats, device, quick):
-    """Seconds an image, one at a time and batched by size; the same confusion matrices."""
-    data = RandomImages(16, (48, 64) if quick else (336, 448))
+def evaluation(model, device, args):
+    """Images one at a time and batched by size; then `maps` and `files`."""
+    print(f"\nevaluation\n{HEADING}")
+    data = RandomImages(16, (48, 64) if args.quick else (336, 448))
     with contextlib.redirect_stdout(io.StringIO()):
         network = reclip.plain_maskclip(model, data.classes, argparse.Namespace(
             preset="release", surgery="program", method="maskclip", pd=None))
@@ -416,11 +460,51 @@ def evaluation(model, repeats, device, quick):
         with contextlib.redirect_stdout(io.StringIO()):  # without its progress
             return evaluate(segment, data, (2048, 336), device, batch)["maskclip"]
 
-    (plain, expected), (ours, actual) = alternate([lambda: run(1), lambda: run(8)], repeats, device)
-    differing = (actual - expected).abs().sum().item() / 2 / expected.sum().item()
-    assert differing <= 1e-3, f"{differing:.1%} of the pixels differ"
-    print(f"\nevaluation, 336×448: one at a time {len(data) / plain:.2f} images/s, eight "
-          f"{len(data) / ours:.2f} images/s, ratio {plain / ours:.2f}", flush=True)
+    compare("16 images of 336×448: one at a time, eight", lambda: run(1), lambda: run(8), args,
+            lambda ours, plain: (ours - plain).abs().sum() <= 2e-3 * plain.sum())
+    maps(device, args)
+    files(args)
+
+
+def maps(device, args):
+    """Label maps of photographs and of evaluation, against all classes at every pixel."""
+    def agree(ours, plain):
+        return (ours != plain).float().mean() <= 1e-5
+
+    for megapixels, C, size in ((12, 20, (3000, 4000)), (12, 150, (3000, 4000)),
+                                (0.75, 20, (750, 1000)), (0.75, 150, (750, 1000))):
+        size = (500, 700) if args.quick else size
+        logits = F.interpolate(torch.randn(1, C, 9, 12, device=device), (32, 43), mode="bicubic")
+        logits += 0.2 * torch.randn(logits.shape, device=device)
+        extent = logits, (512, 688), (510, 680), size
+        chunk = max(1, min(32, 2**26 // (size[0] * size[1])))
+        compare(f"label map, {megapixels} megapixels, {C} classes",
+                lambda: reclip.label_map(*extent, chunk), lambda: reclip.label_map(*extent),
+                args, agree, 3 if megapixels < 1 else 1)
+
+
+def files(args):
+    """Photographs read by Pillow alone, and predictions drawn with its usual compression."""
+    photo = Image.open(PHOTO).convert("RGB").resize((200, 150) if args.quick else (2000, 1500))
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in ("jpg", "png"):
+            path = Path(folder, f"photo.{suffix}")
+            photo.save(path)
+            compare(f"reading a {suffix} of 3 megapixels", lambda: torch.from_numpy(np.asarray(
+                Image.open(path).convert("RGB")).transpose(2, 0, 1).copy()),
+                lambda: read_image(path), args, torch.equal)
+        image, colours = read_image(path), palette(20)
+        mask = (torch.arange(image[0].numel()).view_as(image[0]) // 5000 % 20).long()
+        entries = [(name, colour) for name, colour in zip(CLASSES["voc"], colours)]
+
+        def draw(name, usual):
+            sheet = with_legend(image, mask, colours, entries)
+            save_picture(sheet.copy() if usual else sheet, Path(folder, name))
+            return Path(folder, name)
+
+        compare("overlay of a prediction", lambda: draw("plain.png", True),
+                lambda: draw("ours.png", False), args,
+                lambda ours, plain: torch.equal(read_image(ours), read_image(plain)))
 
 
 # ---- Distillation --------------------------------------------------------------------------------
@@ -473,10 +557,8 @@ class DistillationStep:
         return F.cross_entropy(pixels(logits), labels) + 0.5 * feature + 0.5 * text
 
     def our_loss(self, Z, labels, Z_hat, logits, present, Wq):
-        masks = distill.label_masks(labels, len(Wq), Z_hat.shape[2:])
-        text = distill.text_loss(F.normalize(Z_hat, dim=1), masks, Wq, present)
-        feature = distill.feature_loss(Z, Z_hat, labels != VOID)
-        return distill.mask_loss(logits, labels) + 0.5 * feature + 0.5 * text
+        losses = distill.distillation_losses(logits, Z_hat, Z, labels, Wq, [1] * len(Wq), present)
+        return losses["mask"] + 0.5 * losses["feature"] + 0.5 * losses["text"]
 
     def __call__(self, way):
         """One step; returns its loss."""
@@ -492,16 +574,19 @@ class DistillationStep:
         return loss.item()
 
 
-def distillation(model, repeats, device, quick):
+def distillation(model, device, args):
     """Seconds a step: plain, the teacher asked each time, once. AssertionError unless the losses
     agree."""
-    step = DistillationStep(model, device, quick)
+    step = DistillationStep(model, device, args.quick)
     losses = {way: step(way) for way in WAYS}  # all at the same parameters
     for way, most in (("fresh", 1e-4), ("cached", 1e-3)):  # the latter's features are rounded
         error = abs(losses[way] - losses["plain"]) / abs(losses["plain"])
         assert error <= most, f"distillation: {way} loss {losses[way]}, plain {losses['plain']}"
     ways = [lambda way=way: step(way) for way in WAYS]
-    return [seconds for seconds, _ in alternate(ways, repeats, device)]
+    (plain, _), (fresh, _), (cached, _) = alternate(ways, min(3, args.repeats), device)
+    print("\ndistillation step, ResNet-50, two views of 512×512 (losses equal to 1e-4): plain "
+          f"{plain:.2f} s, teacher asked in every step {fresh:.2f} s, ratio {plain / fresh:.1f}, "
+          f"once {cached:.2f} s, ratio {plain / cached:.1f}, {2 / cached:.2f} images/s", flush=True)
 
 
 # ---- A whole training, by its command ------------------------------------------------------------
@@ -524,6 +609,37 @@ def whole_rectification(model, device, quick, views=4):
         start = time.perf_counter()
         subprocess.run(command, cwd=ROOT, check=True)
         return time.perf_counter() - start
+
+
+def child(*arguments):
+    """(seconds, CPU seconds, MB at most) of a Python process in the repository's folder."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    _, _, usage = os.wait4(process.pid, 0)
+    return (time.perf_counter() - start, usage.ru_utime + usage.ru_stime,
+            usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def start(args):
+    """What a command takes before it does anything, beside PyTorch itself."""
+    print("\nstarting a process                 seconds   of the CPU       MB")
+    for name, arguments in (("import torch", ["-c", "import torch"]),
+                            ("import reclip", ["-c", "import reclip"]),
+                            ("reclip.py --help", ["reclip.py", "--help"]),
+                            ("reclip.py --wrong", ["reclip.py", "--wrong"])):
+        runs = [child(*arguments) for _ in range(1 if args.quick else 3)]
+        seconds, cpu, megabytes = map(statistics.median, zip(*runs))
+        print(f"{name:33}{seconds:8.2f} s{cpu:11.2f} s{megabytes:9.0f}", flush=True)
+
+
+def demo(args):
+    """The demo's two commands, all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for script, options in (("reclip.py", ["--out", f"{folder}/run"]),
+                                ("distill.py", ["--teacher", f"{folder}/run/reclip.pt"])):
+            seconds, cpu, _ = child(script, *options, *["--help"] * args.quick)
+            print(f"{'demo, ' + script:33}{seconds:8.2f} s{cpu:11.2f} s", flush=True)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -555,67 +671,18 @@ def main(argv=None):
         print(f"rectification of VOC's size, all of it: {reclip.clock(seconds)}")
         return
     # First of all: a process hands its own peak of memory on to those that it starts.
-    if "memory" in args.stages:
-        memory(args)
+    for name in [name for name in PROCESSES if name in args.stages]:
+        PROCESSES[name](args)
     model = vit_b16(args.quick).to(device)
-    for name, stage in STAGES.items():
-        if stage and name in args.stages:
-            stage(model, device, args)
+    for name in [name for name in STAGES if name in args.stages and name not in PROCESSES]:
+        STAGES[name](model, device, args)
+        if device.type == "cuda":
+            print(f"at most {peak_memory(device):.1f} GB of the GPU's memory so far")
 
 
-def memory(args):
-    print("\npeak memory of a process that makes two ADE20K steps; what the steps add to "
-          "libraries, CLIP and parameters")
-    plain = None
-    for way in WAYS:
-        before, peak = memory_of_step(way, args)
-        plain = plain or (peak, peak - before)
-        print(f"{way:8}{peak:6.2f} GB{peak / plain[0]:6.0%} of plain{peak - before:12.2f} GB"
-              f"{(peak - before) / plain[1]:6.0%} of plain", flush=True)
-
-
-def encoder_stage(model, device, args):
-    encoder(model, (64,) if args.quick else (336, 512), args.repeats, device)
-
-
-def text_stage(model, device, args):
-    print("\nReference features, forward and backward (equal to 1e-5)")
-    print("classes    77 positions each    shared prefix    ratio", flush=True)
-    for classes, _ in SETS.values():
-        plain, ours = text_encoding(model, classes, min(3, args.repeats), device)
-        print(f"{len(classes):7}{plain:19.2f} s{ours:15.3f} s{plain / ours:9.1f}", flush=True)
-
-
-def rectification_stage(model, device, args):
-    print("\nrectification step, batch 1 (losses equal to 1e-4; float16: what rounding the cached "
-          "features does to the loss)")
-    print("           plain    fresh  ratio  images/s    cached  ratio  images/s   float16")
-    for name in SETS:
-        (plain, fresh, cached), half = rectification(model, name, min(3, args.repeats), device,
-                                                     args.quick)
-        print(f"{name:8}{plain:6.2f} s{fresh:7.2f} s{plain / fresh:7.1f}{1 / fresh:10.2f}"
-              f"{cached:8.2f} s{plain / cached:7.1f}{1 / cached:10.2f}{half:10.1e}", flush=True)
-
-
-def hypotheses_stage(model, device, args):
-    hypotheses(model, min(3, args.repeats), device, args.quick)
-    agreement(device, 8 if args.quick else 600)
-
-
-def evaluation_stage(model, device, args):
-    evaluation(model, min(3, args.repeats), device, args.quick)
-
-
-def distillation_stage(model, device, args):
-    plain, fresh, cached = distillation(model, min(3, args.repeats), device, args.quick)
-    print("\ndistillation step, ResNet-50, two views of 512×512 (losses equal to 1e-4): plain "
-          f"{plain:.2f} s, teacher asked in every step {fresh:.2f} s, ratio {plain / fresh:.1f}, "
-          f"once {cached:.2f} s, ratio {plain / cached:.1f}, {2 / cached:.2f} images/s", flush=True)
-
-
-STAGES = dict(memory=None, encoder=encoder_stage, text=text_stage,
-              rectification=rectification_stage, hypotheses=hypotheses_stage,
-              evaluation=evaluation_stage, distillation=distillation_stage)
+PROCESSES = dict(start=start, memory=memory, demo=demo)  # stages that start processes of their own
+STAGES = dict(PROCESSES, encoder=encoder, text=text, rectification=rectification,
+              hypotheses=hypotheses, evaluation=evaluation, distillation=distillation)
 
 
 if __name__ == "__main__":

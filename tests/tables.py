@@ -21,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill  # noqa: E402
 import evaluate  # noqa: E402
-import figures  # noqa: E402
+import maps  # noqa: E402
 import reclip  # noqa: E402
 from data import (Parser, UserError, clean_exit, open_dataset, path, save_picture,  # noqa: E402
                   seed, write_text)
 from papers import (BLOCKS, CONTRADICTIONS, DISTILLED, RECTIFIED, STAGES, SWEEPS,  # noqa: E402
                     TABLES)
-from reclip import Progress, make_folder, recipe  # noqa: E402
+from reclip import recipe  # noqa: E402
+from run import Progress, make_folder  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Runs
@@ -250,8 +251,8 @@ def sensitivity_figure(tables):
         xs = [float(row["label"].split()[-1]) for row in rows]
         lines = {"hypotheses of crops": [*map(point, xs, rows)],
                  last["label"]: [point(xs[i], last) for i in (0, -1)]}
-        panels.append(figures.chart(lines, xs, rows[0]["label"].split()[0], width=470, height=400))
-    return figures.beside(panels)
+        panels.append(maps.chart(lines, xs, rows[0]["label"].split()[0], width=470, height=400))
+    return maps.beside(panels)
 
 
 @clean_exit

@@ -634,7 +634,7 @@ def write_prediction(out, name, image, mask, names, colours, sure, line):
 # ------------------------------------------------------------------------------------------------
 # The command
 
-PAMR = {"shapes": (2, (1, 2, 4, 8))}  # steps and dilations, elsewhere NACLIP's:
+PAMR = {"shapes": (4, (1, 2, 4, 8))}  # steps and dilations, elsewhere NACLIP's:
 NACLIP_PAMR = 10, (8, 16)
 
 
@@ -727,7 +727,7 @@ def parse_arguments(argv):
     flag("--pd", type=share, help="prompt denoising of the rectified logits (default: recipe's)")
     flag("--no-pd", action="store_true", help="no prompt denoising")
     flag("--pamr", type=count, nargs="?", const=0, metavar="STEPS", help="masks refined by the "
-         "image, too (default: 10 steps, on the demo 2)")
+         "image, too (default: 10 steps, on the demo 4)")
     flag("--dilations", type=count, nargs="+", help="of PAMR (default: 8 16, on the demo 1 2 4 8)")
     flag("--slide", type=count, nargs=2, metavar=("WINDOW", "STRIDE"), help="sliding windows "
          "instead of whole images, in pixels of the resized image")

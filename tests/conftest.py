@@ -3,7 +3,6 @@
 The environment variable GOLDEN names another folder with the files of golden/.
 """
 
-import functools
 import gc
 import gzip
 import json
@@ -30,7 +29,9 @@ import data  # noqa: E402
 import distill  # noqa: E402
 import evaluate  # noqa: E402
 import reclip  # noqa: E402
+import tables  # noqa: E402
 from clip.model import CLIP, build_model  # noqa: E402
+from run import Run, load_checkpoint  # noqa: E402
 
 LONG = bool(os.environ.get("RECLIP_LONG"))  # run the long forms of test_fuzz and test_worst_day
 
@@ -141,11 +142,17 @@ def plain_text_features(model, prefix, suffix):
     return x[torch.arange(len(x)), end] @ model.text_projection
 
 
+def save_clip(model, path, **options):
+    """Write a CLIP's state dict, which tells the heads of its image encoder."""
+    heads = model.visual.transformer.resblocks[0].attn.num_heads
+    torch.save(model.state_dict() | {"vision_heads": torch.tensor(heads)}, path, **options)
+
+
 @pytest.fixture(scope="session")
 def clip_file(tmp_path_factory):
     """A file of random weights in OpenAI's layout, for --clip."""
     path = tmp_path_factory.mktemp("clip") / "random.pt"
-    torch.save(random_clip().state_dict(), path)
+    save_clip(random_clip(), path)
     return path
 
 
@@ -256,17 +263,19 @@ TABLES = (
 
 
 def few_tables(patch):
-    """evaluate.py --tables with few rows, steps and runs of Fig. 3; patch: a MonkeyPatch."""
+    """tests/tables.py with few rows, steps and runs of Fig. 3; patch: a MonkeyPatch."""
     scale, crop, _, _, *rest = reclip.DEMO
     patch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
     patch.setitem(distill.DEMO, "epochs", 1)
-    patch.setattr(evaluate, "linear_probe", functools.partial(evaluate.linear_probe, steps=2))
-    patch.setattr(evaluate, "TABLES", TABLES)
+    probe = evaluate.linear_probe
+    patch.setattr(evaluate, "linear_probe", lambda *args: probe(*args[:3], 2))
+    patch.setattr(tables, "TABLES", TABLES)
+    patch.setattr(tables, "STAGES", {})
     for name, kept in ("RECTIFIED", ("maskclip", "reclip++", "global")), ("DISTILLED",
                                                                           ("reclip++-mask",)):
-        values = getattr(evaluate, name)
-        patch.setattr(evaluate, name, {key: values[key] for key in kept})
-    patch.setitem(evaluate.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
+        values = getattr(tables, name)
+        patch.setattr(tables, name, {key: values[key] for key in kept})
+    patch.setitem(tables.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
 
 
 def snapshot(folder):
@@ -288,7 +297,7 @@ def run(main, *arguments):
 @pytest.fixture
 def demo(small_demo, tmp_path, monkeypatch):
     """demo(*arguments, out=…) → the folder of a short run of the small demo, every step logged."""
-    monkeypatch.setattr(reclip.Log, "line_due", lambda log, step: True)
+    monkeypatch.setattr(Run, "every", 1)
 
     def demo(*arguments, out="run", epochs=2):
         run(reclip.main, "--out", tmp_path / out, "--epochs", epochs, *arguments)
@@ -315,21 +324,21 @@ def mistake(capsys):
 
 def interrupt(patch, step):
     """Training ends abruptly after a step; patch: a MonkeyPatch. Each epoch saves a checkpoint."""
-    log = reclip.Log.step
+    after = Run.after
 
     def stop(self, number, *args, **kwargs):
-        log(self, number, *args, **kwargs)
+        after(self, number, *args, **kwargs)
         if number == step:
             raise KeyboardInterrupt
 
-    patch.setattr(reclip.Log, "step", stop)
+    patch.setattr(Run, "after", stop)
     # as if an epoch took longer than ten seconds
-    patch.setattr(reclip.Run, "due", lambda run, epoch_ends: epoch_ends)
+    patch.setattr(Run, "due", lambda run, epoch_ends: epoch_ends)
 
 
 def learned(out, name="reclip.pt"):
     """All that training determines of the checkpoint in a run's folder: not paths and machines."""
-    checkpoint = reclip.load_checkpoint(out / name)
+    checkpoint = load_checkpoint(out / name)
     return {key: checkpoint[key] for key in ("state", "Wr", "optimizer", "step", "finished")}
 
 

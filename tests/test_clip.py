@@ -167,6 +167,11 @@ def test_tokenizer_decodes_what_it_encoded():
     assert tokenizer.decode(ids) == "a café & 2 naïve 猫 ! "
 
 
+def state_of(model):
+    """What a file needs to hold: the tensors, and the heads, which no shape tells."""
+    return model.state_dict() | {"vision_heads": torch.tensor(1)}
+
+
 def save(content, path, zipped=False):
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -177,7 +182,7 @@ def save(content, path, zipped=False):
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_load_state_dict_files(model, tmp_path, zipped, wrapped):
-    state = model.state_dict()
+    state = state_of(model)
     content = {"epoch": 3, "name": "run", "state_dict": state} if wrapped else state
     path = save(content, tmp_path / "weights.pt", zipped)
     loaded, _ = clip.load(str(path), device="cpu")
@@ -187,7 +192,7 @@ def test_load_state_dict_files(model, tmp_path, zipped, wrapped):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "RGB", "1", "CMYK"])
 def test_preprocess_takes_every_mode(model, tmp_path, mode):
-    _, preprocess = clip.load(save(model.state_dict(), tmp_path / "weights.pt"), device="cpu")
+    _, preprocess = clip.load(save(state_of(model), tmp_path / "weights.pt"), device="cpu")
     x = preprocess(Image.new("RGB", (40, 24), "white").convert(mode))
     assert x.shape == (3, 16, 16) and x.dtype == torch.float32
     white = (1 - torch.tensor(loading.CLIP_MEAN)) / torch.tensor(loading.CLIP_STD)
@@ -199,6 +204,7 @@ def archive(model, path):
     del model.context_length, model.vocab_size               # there they are buffers
     for name in ("input_resolution", "context_length", "vocab_size"):
         model.register_buffer(name, torch.tensor(16))
+    model.register_buffer("vision_heads", torch.tensor(1))
     torch.jit.trace(model, (IMAGE, TOKENS), check_trace=False).save(str(path))
     return loading.hash_file(path)
 
@@ -229,7 +235,7 @@ def test_torchscript_archives_need_a_known_hash(tmp_path, monkeypatch):
     (lambda state: torch.zeros(2), "not a state dict: expected a dictionary"),
 ], ids=["missing", "left over", "shape", "no blocks", "foreign", "number", "key", "tensor"])
 def test_load_names_what_is_wrong_with_a_file(model, tmp_path, change, message):
-    path = save(change(dict(model.state_dict())), tmp_path / "some.pt")
+    path = save(change(state_of(model)), tmp_path / "some.pt")
     with pytest.raises(ValueError, match=f"some.pt: .*{message}"):
         clip.load(path)
 
@@ -246,14 +252,14 @@ def test_tiny_clip_may_be_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "TINY_PATH", tmp_path / "shapes-tiny.pt.gz")
     with pytest.raises(ValueError, match="is missing; `python -m clip.pretrain` makes it"):
         clip.load("shapes-tiny")
-    save(make_clip().state_dict(), loading.TINY_PATH, zipped=True)
+    save(state_of(make_clip()), loading.TINY_PATH, zipped=True)
     assert clip.load("shapes-tiny", device="cpu")[0].visual.input_resolution == 16
 
 
 @pytest.fixture
 def server(model, tmp_path, monkeypatch):
     """A folder in place of OpenAI's server, with one file; returns (file, cache folder)."""
-    source = save(model.state_dict(), tmp_path / "ViT-B-16.pt")
+    source = save(state_of(model), tmp_path / "ViT-B-16.pt")
     monkeypatch.setattr(loading, "URL", tmp_path.as_uri() + "/{file}")
     monkeypatch.setitem(loading.MODELS, "ViT-B/16", loading.hash_file(source))
     return source, tmp_path / "cache"

@@ -52,7 +52,8 @@ def voc_tree(root, ids=("a", "b"), year="VOC2012", lists="Segmentation",
 # names -------------------------------------------------------------------------------------------
 
 def test_counts_of_names_and_templates():
-    counts = {"voc": 20, "context": 59, "ade": 150, "cityscapes": 19, "stuff": 27}
+    counts = {"voc": 20, "context": 59, "ade": 150, "cityscapes": 19, "stuff": 27,
+              "stuff171": 171}
     assert {name: len(names) for name, names in data.CLASSES.items()} == counts
     for names in data.CLASSES.values():
         assert len(set(names)) == len(names)
@@ -313,14 +314,14 @@ def test_photometric_distortion():
 def test_contrast_comes_before_or_after_the_colour_steps(monkeypatch):
     torch.manual_seed(0)
     steps, seen = [], set()
-    for name in ("brightness", "saturation", "hue"):  # adjust_brightness is our "contrast"
-        monkeypatch.setattr(data.TF, f"adjust_{name}",
+    for name in ("contrast", "saturation", "hue"):
+        monkeypatch.setattr(data, f"change_{name}",
                             lambda image, factor, name=name: steps.append(name) or image)
     for _ in range(200):
         steps.clear()
         data.photometric_distortion(torch.zeros(3, 2, 2, dtype=torch.uint8))
         seen.add(tuple(steps))
-    contrast, colours = ("brightness",), [(), ("saturation",), ("hue",), ("saturation", "hue")]
+    contrast, colours = ("contrast",), [(), ("saturation",), ("hue",), ("saturation", "hue")]
     assert seen == {order for c in colours for order in (c, contrast + c, c + contrast)}
 
 
@@ -538,7 +539,7 @@ OFFLINE = raising(OSError("network is unreachable"))
 @pytest.mark.parametrize("name", ["voc", "ade"])
 def test_failed_downloads(tmp_path, monkeypatch, name):
     monkeypatch.setattr(data, "fetch", OFFLINE)
-    monkeypatch.setattr(data.torchvision.datasets.utils, "download_url", OFFLINE)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", OFFLINE)
     with pytest.raises(UserError, match=f"downloading {name} into .*unreachable; try again"):
         data.download(name, tmp_path)
     assert all(url.startswith("https://") for url, _, _ in data.DOWNLOADS.values())

@@ -9,7 +9,8 @@ import clip
 from clip import pretrain
 from clip.clip import TINY_PATH
 from conftest import same
-from data import COLOURS, SHAPES, TARGET, VOID, WEB, draw_seed, draw_shapes
+from clip.shapes import COLOURS, SHAPES, TARGET, WEB, draw_seed, draw_shapes
+from data import VOID
 
 
 def test_a_picture_depends_on_its_own_seed_alone():

@@ -2,9 +2,9 @@
 
 import argparse
 import functools
-import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from data import UserError
 from reclip import (Decoder, Rectifier, Reference, contrastive_loss, crop_hypothesis, crop_windows,
                     dense_features, encode_shared_prefix, global_feature, global_hypothesis,
                     gumbel_masks, gumbel_noise, make_hypotheses, masked_pooling, query_features)
+from run import Batches, Run, clip_fingerprint
 
 NAMES = {"cat": 1, "potted plant": 2, "chest of drawers": 3, "big old grey barn owl": 5}
 
@@ -275,9 +276,10 @@ def make(small_demo, tiny_clip, tmp_path, monkeypatch):
     read = images.image
 
     def make(**changes):
-        s = dict(amp=False, workers=0, seed=0, activation="quick_gelu") | reclip.recipe("shapes")
-        return make_hypotheses(images, tiny_clip, Wq, argparse.Namespace(**s | changes), make.path,
+        s = dict(amp=False, workers=0, activation="quick_gelu") | reclip.recipe("shapes")
+        rows = make_hypotheses(images, tiny_clip, Wq, argparse.Namespace(**s | changes), tmp_path,
                                torch.device("cpu"))
+        return rows(range(len(images)))
 
     def image(index):
         make.encoded.append(images.ids[index])
@@ -286,7 +288,7 @@ def make(small_demo, tiny_clip, tmp_path, monkeypatch):
         return read(index)
 
     monkeypatch.setattr(images, "image", image)
-    make.images, make.path = images, tmp_path / "hypotheses.jsonl"
+    make.images, make.path = images, tmp_path / "hypotheses.npy"
     make.encoded, make.limit = [], 999
     return make
 
@@ -296,39 +298,39 @@ def test_hypotheses_are_made_once(make):
     assert first.shape == (24, 10) and 24 < first.sum() < 120  # 1 to 4 objects an image
     assert make.encoded == make.images.ids
     assert torch.equal(make(), first) and len(make.encoded) == 24
-    counts = [json.loads(line)["scores"] for line in make.path.read_text().splitlines()[1:]]
-    assert [sum(row) for row in counts] == [9] * 24  # r = 1/2
-    assert torch.equal(make(threshold=0.3), torch.tensor(counts) > 2.7)
+    counts = torch.from_numpy(np.load(make.path)["scores"])
+    assert counts.dtype == torch.int16 and counts.sum(1).tolist() == [9] * 24  # r = 1/2
+    assert torch.equal(make(threshold=0.3), counts > 2.7)
     assert len(make.encoded) == 24 and not torch.equal(make(threshold=0.3), first)
 
 
-def test_hypotheses_are_keyed_by_id(make):
+def test_hypotheses_of_other_images_are_not_taken_for_these(make):
     first = make()
-    make.images.ids = make.images.ids[::-1]
-    assert torch.equal(make(), first.flip(0))
-    make.images.ids = make.images.ids[5:8]
-    assert torch.equal(make(), first.flip(0)[5:8]) and len(make.encoded) == 24
+    for ids in (make.images.ids[::-1], make.images.ids[5:8]):
+        make.images.ids = ids
+        del make.images.fingerprint  # another object would have its own
+        with pytest.raises(UserError, match=r"hypotheses.json was made with other .* \(images "):
+            make()
+    make.path.unlink()
+    assert torch.equal(make(), first[5:8]) and len(make.encoded) == 27
 
 
 def test_interrupted_hypotheses_go_on(make):
     thirds = functools.partial(make, crop_ratio=1 / 3)  # 25 crops: ten images a group
     expected = thirds()
-    whole = make.path.read_text()
+    whole = make.path.read_bytes()
     make.path.unlink()
     make.encoded.clear()
     make.limit = 17
     with pytest.raises(KeyboardInterrupt):
         thirds()
-    part = make.path.with_name("hypotheses.jsonl.part0")
-    assert not make.path.exists() and part.read_text() == "".join(
-        line + "\n" for line in whole.splitlines()[:11])
-    with open(part, "a") as file:
-        file.write(whole.splitlines()[11][:20])  # a line cut off in the middle
+    made = np.load(make.path)["checksum"] != 0
+    assert made.tolist() == [True] * 10 + [False] * 14
     make.encoded.clear()
     make.limit = 999
     assert torch.equal(thirds(), expected)
     assert make.encoded == make.images.ids[10:]
-    assert make.path.read_text() == whole and not part.exists()
+    assert make.path.read_bytes() == whole
 
 
 def test_global_scores_are_cosines(tiny_clip):
@@ -354,12 +356,13 @@ def test_crop_votes_one_at_a_time(tiny_clip):
     assert votes.sum() == 25
 
 
-def test_votes_of_bf16_features_are_compared_in_float32():
-    model = argparse.Namespace(
-        visual=argparse.Namespace(input_resolution=8),
-        encode_image=lambda crops: torch.ones(len(crops), 2) @ torch.eye(2))
+def test_votes_of_bf16_features_are_compared_in_float32(monkeypatch):
+    visual = argparse.Namespace(input_resolution=8, positional_embedding=torch.zeros(2, 2))
+    monkeypatch.setattr(reclip, "class_feature",
+                        lambda visual, crops: torch.ones(len(crops), 2) @ torch.eye(2))
     Wq = torch.tensor([[1.0, 0.0], [1.001, 0.0], [0.5, 0.5]])  # in bf16 the first two are equal
     image = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    model = argparse.Namespace(visual=visual)
     assert reclip.crop_votes(model, [image], Wq, 1 / 2, amp=True).tolist() == [[0, 9, 0]]
 
 
@@ -404,8 +407,9 @@ def test_gradients_reach_what_is_learned_and_nothing_else(small_demo, tmp_path, 
     s = argparse.Namespace(**reclip.recipe("shapes") | dict(epochs=1, weight_decay=0.0),
                            preset="release", seed=0, workers=0, amp=False,
                            activation="quick_gelu", cache=tmp_path)
-    hypothesis = torch.rand(24, 10) < 0.3
-    run = reclip.Run(tmp_path / "reclip.pt", s, images, model, rectifier)
+    present = torch.rand(24, 10) < 0.3
+    hypothesis = lambda indices: present[indices]
+    run = Run(tmp_path / "reclip.pt", s, images, model, rectifier)
     reclip.train(s, images, model, rectifier, hypothesis, run, torch.device("cpu"))
 
     gradients = {name: p.grad for name, p in rectifier.named_parameters()}
@@ -422,30 +426,30 @@ def test_gradients_reach_what_is_learned_and_nothing_else(small_demo, tmp_path, 
 
 
 def test_batches_take_every_image_once_an_epoch_and_start_anywhere():
-    batches = list(reclip.Batches(7, 3, 4, seed=5))
+    batches = list(Batches(7, 3, 4, seed=5))
     assert [len(b) for b in batches] == [3, 3, 1] * 4
     for epoch in range(4):
         keys = sum(batches[3 * epoch : 3 * epoch + 3], [])
         assert sorted(keys) == [(epoch, i) for i in range(7)]
     assert [i for _, i in sum(batches[:3], [])] != [i for _, i in sum(batches[3:6], [])]
     for first in range(13):
-        rest = reclip.Batches(7, 3, 4, seed=5, first=first)
+        rest = Batches(7, 3, 4, seed=5, first=first)
         assert list(rest) == batches[first:] and len(rest) == 12 - first
-    assert list(reclip.Batches(7, 3, 4, seed=6)) != batches
+    assert list(Batches(7, 3, 4, seed=6)) != batches
 
 
 def test_fingerprint_tells_clips_apart():
-    first = reclip.fingerprint(random_clip(0))
-    assert first == reclip.fingerprint(random_clip(0)) != reclip.fingerprint(random_clip(1))
+    first, again, other = (clip_fingerprint(random_clip(seed)) for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_processes_share_every_batch(monkeypatch):
-    whole = list(reclip.Batches(7, 3, 2, seed=5))
-    monkeypatch.setattr(reclip, "world", lambda: 2)
+    whole = list(Batches(7, 3, 2, seed=5))
+    monkeypatch.setattr("run.world", lambda: 2)
     shares, weights = [], []
     for rank in (0, 1):
-        monkeypatch.setattr(reclip, "rank", lambda: rank)
-        batches = reclip.Batches(7, 3, 2, seed=5)
+        monkeypatch.setattr("run.rank", lambda: rank)
+        batches = Batches(7, 3, 2, seed=5)
         shares.append(list(batches))
         weights.append([batches.weight(step) for step in range(6)])
     for batch, *parts, a, b in zip(whole, *shares, *weights):

@@ -1,4 +1,4 @@
-"""evaluate.py --tables: rows and commands, statistics by hand, interruption, all of it in small."""
+"""tests/tables.py: rows and commands, statistics by hand, interruption, all of it in small."""
 
 import functools
 import json
@@ -13,84 +13,107 @@ from PIL import Image
 import distill
 import evaluate
 import reclip
-from conftest import few_tables, run
-from evaluate import all_runs, collect, command, direction, markdown
+import tables
+from conftest import TABLES, run
+from tables import all_runs, collect, command, direction, markdown
 
 
 @pytest.fixture
 def few(monkeypatch, small_demo):
-    few_tables(monkeypatch)
+    """Few rows, steps and runs of Fig. 3."""
+    scale, crop, _, _, *rest = reclip.DEMO
+    monkeypatch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
+    monkeypatch.setitem(distill.DEMO, "epochs", 1)
+    probe = lambda *args: evaluate_probe(*args[:3], 2)
+    evaluate_probe = evaluate.linear_probe
+    monkeypatch.setattr(evaluate, "linear_probe", probe)
+    monkeypatch.setattr(tables, "TABLES", TABLES)
+    for name, kept in ("RECTIFIED", ("maskclip", "reclip++", "global")), ("DISTILLED",
+                                                                          ("reclip++-mask",)):
+        values = getattr(tables, name)
+        monkeypatch.setattr(tables, name, {key: values[key] for key in kept})
+    monkeypatch.setattr(tables, "STAGES", {})
+    monkeypatch.setitem(tables.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
 
 
 def options(out, *seeds, **others):
-    return Namespace(**dict(out=out, seeds=list(seeds), dataset="shapes", data_root=None, clip=None,
-                            device="cpu", workers=None, amp=None) | others)
+    return Namespace(**dict(out=out, seeds=list(seeds), dataset="shapes", preset="release",
+                            passed_on=["--device", "cpu"]) | others)
 
 
-@pytest.mark.parametrize("dataset", ["shapes", "voc"])
-def test_every_row_has_a_command_and_every_command_parses(dataset, tmp_path):
-    runs, tables = all_runs(dataset)
-    used = set()
-    for table in tables:
-        assert table["reference"] is None or table["rows"][table["reference"]]
-        for row in table["rows"]:
-            used.add(row["run"])
-            assert len(row["papers"]) == len(table["data_sets"]), (table["title"], row["label"])
-    assert used == {*runs, *evaluate.DISTILLED}  # nothing is trained that no row shows
-    assert {teacher for teacher, _ in evaluate.DISTILLED.values()} <= runs.keys()
-    args, found = options(tmp_path, 3, dataset=dataset, data_root=tmp_path), {}
-    for name in used:
+# ---- Rows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset, preset", [("shapes", "release"), ("voc", "release"),
+                                             ("voc", "paper")])
+def test_every_row_has_a_command_and_every_command_parses(dataset, preset, tmp_path):
+    runs, rows = all_runs(dataset, preset)
+    used = {row["run"] for table in rows for row in table["rows"]}
+    for table in rows:
+        assert table["reference"] is None or table["rows"][table["reference"]]["run"] in runs
+        assert all(len(row["papers"]) == len(table["data_sets"]) for row in table["rows"])
+    assert used - {"–"} == runs.keys() and len(runs) > 45  # nothing is trained that no row shows
+    assert {teacher for teacher, _ in runs.values()} <= {None, *runs}
+    passed_on = ["--device", "cpu", "--data-root", str(tmp_path)]
+    args = options(tmp_path, 3, dataset=dataset, preset=preset, passed_on=passed_on)
+    found = {}
+    for name in runs:
         script, words = command(name, 3, runs, args)
-        parsed = {"reclip": reclip, "distill": distill}[script].parse_arguments(words)
+        parsed = script.parse_arguments(words)
         assert parsed.out == tmp_path / f"{name}-3" and parsed.data_root == tmp_path
-        if script == "reclip":
+        if script is reclip:
             found[name] = reclip.settings_of(parsed)
+            assert found[name].preset == preset
     # One thing is changed at a time, and a mask's temperature goes with the decoder.
     plain = vars(found["reclip++"])
     assert all(s.mask_temperature == found["reclip++" if s.decoder else "reclip"].mask_temperature
-               for name, s in found.items() if name != "maskclip")
+               for name, s in found.items() if s.method != "maskclip")
     for name, key in dict(add="sign", query="learn_query", cosine="pooling", global_="hypothesis",
                           class_norm="wr_norm", no_bias="bias").items():
         name = name.rstrip("_").replace("_", "-")
         changed = {k for k, v in vars(found[name]).items() if v != plain[k]}
         assert changed - {"out", "cache", "top", "threshold"} == {key}, name
-    # Runs share a folder of hypotheses if and only if they make the same ones.
+    # Runs share a folder of hypotheses and views if and only if they make the same ones.
     caches = {}
     for s in found.values():
         caches.setdefault(s.cache, set()).add(
-            (s.hypothesis, s.crop_ratio if s.hypothesis == "crops" else None))
-    assert all(len(kinds) == 1 for kinds in caches.values()) and len(caches) <= 7
+            (s.hypothesis, s.crop_ratio if s.hypothesis == "crops" else None,
+             s.surgery if s.views else plain["surgery"]))
+    assert all(len(kinds) == 1 for kinds in caches.values())
 
 
 def test_the_papers_agree_with_themselves():
     """A run that stands in several tables has the same number for a data set in each of them."""
     numbers = {}
-    for title, data_sets, _, rows in evaluate.TABLES:
-        for _, row, papers in rows:
-            for name, number in zip(data_sets.split(), papers.split()):
+    for title, data_sets, _, rows in tables.TABLES:
+        for label, row, papers in rows:
+            for name, number in zip(data_sets.split(), papers.split(), strict=True):
                 if number != "–":
-                    numbers.setdefault((row, name), set()).add(number)
-    # Table I and II of ReCLIP++ have 75.8 for ReCLIP, its own paper 75.4.
-    assert numbers.pop(("reclip-distilled", "VOC")) == {"75.8", "75.4"}
+                    numbers.setdefault((row if row != "–" else label, name), set()).add(number)
+    assert numbers.pop(("reclip-distilled", "VOC")) == {"75.8", "75.4"}  # a footnote says so
     assert all(len(found) == 1 for found in numbers.values())
-    assert len(numbers) > 70
+    assert len(numbers) > 90
+    theirs = {label: papers for label, row, papers in tables.TABLES[0][3] if row == "–"}
+    assert len(theirs) == 12 and theirs["CLIP-S4"] == "72.0 33.6 – – –"
+
+
+# ---- Statistics --------------------------------------------------------------------------------
 
 
 def test_direction_by_hand():
-    paper = ([70.0, None], [60.0, 50.0])
-    assert direction([5, 6, 8], [4, 4, 5], *paper) == "same"  # 1 2 3: mean 2, s.d. 1
-    assert direction([4, 4, 5], [5, 6, 8], *paper) == "opposite"
-    assert direction([4, 4, 5], [5, 6, 8], *reversed(paper)) == "same"
-    assert direction([5, 6, 1], [4, 4, 5], *paper) == "within s.d."
-    assert direction([5], [4], *paper) is None  # one seed has no s.d.
-    assert direction([5, None], [4, 4], *paper) is None
-    assert direction([5, 6], [4, 4], [None], [60.0]) is None
-    assert direction([5, 6], [4, 4], [60.0], [60.0]) is None
-    # Of several data sets the mean counts: +9 and -3.6.
-    assert direction([1, 1], [2, 2.1], [58.5, 16.2], [49.5, 19.8]) == "opposite"
+    assert direction([1, 2, 3], [10]) == "same"  # mean 2, s.d. 1
+    assert direction([-1, -2, -3], [10]) == direction([1, 2, 3], [-10]) == "opposite"
+    assert direction([1, 2, -5], [-9]) == "within s.d."
+    assert direction([-1, -1.1], [9, -3.6]) == "opposite"  # of several data sets the mean counts
+    assert direction([1], [9]) is None  # one seed has no s.d.
+    assert direction([], [9]) is direction([1, 2], []) is direction([1, 2], [0.0]) is None
+    # Nothing is said of an effect that is too small, ours or theirs.
+    assert direction([0.02, 0.03], [7.2]) is direction([1, 2], [0.3]) is None
+    assert direction([0.02, 0.03], [0.02], 0.01) == "same"
+    assert direction([0.02, 0.03], [0.34 - 0.33], 0.01) == "same"
 
 
-def test_means_and_marks_of_the_papers_numbers(few, tmp_path):
+def test_means_and_marks_of_the_papers_numbers(few, tmp_path, monkeypatch):
     values = {"maskclip": (50, 52, 57), "reclip++": (40, 43, 46), "reclip++-mask": (60, 61, 65),
               "global": (1, 1, 1), "t-0.24": (2, 2, 2), "r-1": (3, 3, 3)}
     for name, miou in values.items():
@@ -101,51 +124,64 @@ def test_means_and_marks_of_the_papers_numbers(few, tmp_path):
                        f"linear_probe_{stage}": dict(miou=value + 20, standard=True),
                        "other": dict(miou=-1, standard=True)}
             (tmp_path / f"{name}-{seed}" / "results.json").write_text(json.dumps(results))
+    monkeypatch.setitem(tables.CONTRADICTIONS, ("reclip++", "VOC"), "one and another")
+    title, names, reference, rows = TABLES[0]
+    quoted = ("HSG", "–", "41.9 –")
+    monkeypatch.setattr(tables, "TABLES", ((title, names, reference, (*rows, quoted)), TABLES[1]))
     args = options(tmp_path, 0, 1, 2)
-    runs, tables = all_runs("shapes")
-    collect(tables, args)
-    first, second, *sweeps = tables
-    maskclip, rectified, distilled = first["rows"]
+    runs, made = all_runs("shapes")
+    collect(made, runs, args)
+    first, second, *sweeps = made
+    assert len(sweeps) == 2
+    maskclip, rectified, distilled, other = first["rows"]
     assert (maskclip["mean"], maskclip["n"]) == (53, 3)
     assert maskclip["sd"] == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
     assert (rectified["mean"], rectified["sd"]) == (43, 3)
+    assert (rectified["difference"], rectified["difference_sd"]) == pytest.approx((-10, 1))
     assert rectified["papers"] == [73.5, 13.5] and maskclip["papers"] == [49.5, None]
-    assert first["data_sets"] == ["VOC", "ADE"]
-    assert [row["direction"] for row in first["rows"]] == ["reference", "opposite", "same"]
+    assert (other["mean"], other["n"], other["direction"]) == (None, 0, None)
+    assert [row["direction"] for row in first["rows"][:3]] == ["reference", "opposite", "same"]
     assert [row["mean"] for row in second["rows"]] == pytest.approx([0.43, 63])
     assert [row["label"] for row in sweeps[0]["rows"]] == ["t = 0.12", "t = 0.24",
                                                            "global hypotheses"]
-    said = markdown(tables, runs, args)
-    assert "| ReCLIP++ | 43.0 ± 3.0 | *73.5* | *13.5* | **opposite** | reclip++ |" in said
+    said = markdown(made, runs, args)
+    assert ("| ReCLIP++ | 43.0 ± 3.0 | *73.5*\\* | *13.5* | -10.0 ± 1.0, **opposite** | reclip++ |"
+            in said)
+    assert "\\* The papers contradict each other: one and another." in said
+    assert "| HSG | not run | *41.9* | – | – | – |" in said
     assert "|  | ours, shapes | *theirs, VOC* | *theirs, ADE* | direction | run |" in said
     assert "| class | 0.43 ± 0.03 | *0.37* | – | reclip++ |" in said
     assert "over n = 3 seeds (0, 1, 2)" in said and "none of it was measured here" in said
-    assert evaluate.sensitivity_figure(sweeps).height == 400
-    collect(tables, options(tmp_path, 1))
-    assert [(row["mean"], row["sd"], row["n"]) for row in first["rows"]] == [
+    assert tables.sensitivity_figure(sweeps).height == 400
+    collect(made, runs, options(tmp_path, 1))
+    assert [(row["mean"], row["sd"], row["n"]) for row in first["rows"][:3]] == [
         (52, None, 1), (43, None, 1), (61, None, 1)]
 
 
-def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path, capsys):
+def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path,
+                                                        capsys):
     """Only what was evaluated in the way of the recipe, on the validation images, counts."""
     checkpoint = ("--checkpoint", trained_demo / "reclip.pt", "--out", tmp_path)
+    rectified = lambda: tables.measured(tmp_path, None, "")
+    maskclip = lambda: tables.measured(tmp_path, None, "--method maskclip")
     usual = run(evaluate.main, *checkpoint, "--bias")
-    assert evaluate.measured(tmp_path, "reclip++")["miou"] == usual["rectified"]["miou"]
+    assert rectified()["miou"] == usual["rectified"]["miou"]
     for words in ("--split train", "--count-absent", "--slide 64 32"):
         run(evaluate.main, *checkpoint, *words.split())
-        assert evaluate.measured(tmp_path, "reclip++") == {}, words
-        assert evaluate.measured(tmp_path, "maskclip") == {}, words
+        assert rectified() == maskclip() == {}, words
     run(evaluate.main, *checkpoint)
-    assert evaluate.measured(tmp_path, "reclip++")["miou"] == usual["rectified"]["miou"]
+    assert rectified()["miou"] == usual["rectified"]["miou"]
     unfinished = reclip.load_checkpoint(trained_demo / "reclip.pt") | {"finished": False}
     torch.save(unfinished, tmp_path / "half.pt")
     run(evaluate.main, "--checkpoint", tmp_path / "half.pt")
-    assert evaluate.measured(tmp_path, "reclip++") == {}
+    assert rectified() == {}
     assert f"{tmp_path}/half.pt is not finished" in capsys.readouterr().out
     run(evaluate.main, *checkpoint)
     run(evaluate.main, *checkpoint, "--pd", 0.99)  # which is for the rectified logits alone
-    assert evaluate.measured(tmp_path, "reclip++") == {}
-    assert evaluate.measured(tmp_path, "maskclip")["miou"] == usual["maskclip"]["miou"]
+    assert rectified() == {} and maskclip()["miou"] == usual["maskclip"]["miou"]
+
+
+# ---- The whole of it ---------------------------------------------------------------------------
 
 
 def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, capsys):
@@ -159,16 +195,16 @@ def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, cap
 
     for script in reclip, distill:
         monkeypatch.setattr(script, "main", functools.partial(watched, script.__name__))
-    tables = functools.partial(run, evaluate.main, "--tables", "--out", tmp_path, "--seeds")
+    make = functools.partial(run, tables.main, "--out", tmp_path, "--seeds")
     stop = True
     with pytest.raises(SystemExit):
-        tables(0)
+        make(0)
     assert trained == ["maskclip-0", "reclip++-0", "global-0"]
     assert not (tmp_path / "tables.json").exists()
-    assert (tmp_path / "reclip++-0" / "log.txt").read_text().count("hypotheses:") == 1
+    assert "classes per image" in (tmp_path / "reclip++-0" / "log.txt").read_text()
     stop = False
     capsys.readouterr()
-    tables(0)
+    make(0)
     order = [f"{name}-0" for name in ("maskclip", "reclip++", "global", "t-0.24", "r-1",
                                       "reclip++-mask")]
     assert trained == order
@@ -176,23 +212,43 @@ def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, cap
     assert said.startswith("6 runs, 3 of them still to be made") and "tables 6/6" in said
     assert "pixel accuracy" not in said  # that is in the logs
     zero = json.loads((tmp_path / "tables.json").read_text())
-    tables(1)
+    make(1)
     assert len(trained) == 12
-    both = tables(0, 1)
+    both = make(0, 1)
     assert len(trained) == 12 and "12 runs, 0 of them" in capsys.readouterr().out
-    assert both == json.loads((tmp_path / "tables.json").read_text())
+    assert json.loads(json.dumps(both)) == json.loads((tmp_path / "tables.json").read_text())
     for alone, together in zip(zero, both):
         for a, b in zip(alone["rows"], together["rows"]):
             assert a["values"] == b["values"][:1] and b["n"] == 2
     assert all(-1 <= v <= 1 for v in both[1]["rows"][0]["values"])
     assert "Table X" in (tmp_path / "tables.md").read_text("utf-8")
     assert Image.open(tmp_path / "fig3.png").size[1] == 400
-    assert len(list(tmp_path.glob("cache-*"))) == 8  # none, crops 1/2 and 1, global; two seeds
     # A run of other settings is not taken for this one, nor overwritten.
-    monkeypatch.setitem(evaluate.RECTIFIED, "global", "--hypothesis global --lr 0.02")
+    monkeypatch.setitem(tables.RECTIFIED, "global", "--hypothesis global --lr 0.02")
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        tables(0)
+        make(0)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1
     assert said.startswith(f"error: {tmp_path}/global-0/reclip.pt was made with other settings")
+
+
+def test_mistakes(voc_root, capsys, tmp_path):
+    for path in voc_root.rglob("SegmentationClass/*.png"):
+        path.unlink()
+    for words, message in [
+        (("--dataset", "voc", "--data-root", voc_root), "need labels to measure with; voc lacks"),
+        (("--dataset", "folder"), "folder lacks them"),
+        (("--dataset", "coco"), 'no data set "coco"'),
+        (("--seeds", 0, 1, 0), "--seeds 0 1 0: one is repeated"),
+        (("--wrong", 3), "unrecognized arguments: --wrong 3"),
+    ]:
+        with pytest.raises(SystemExit) as end:
+            run(tables.main, "--out", tmp_path / "out", *words)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and message in said
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as end:
+        run(evaluate.main, "--seeds", 0, "--tables")
+    assert end.value.code == 2
+    assert "python tests/tables.py" in capsys.readouterr().err

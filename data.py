@@ -153,6 +153,11 @@ def names_of(cls):
     return [name.strip() for name in cls.split(",")]
 
 
+def name_counts(classes):
+    """How many names each class has."""
+    return [len(names_of(one)) for one in classes]
+
+
 def called(cls):
     """What a class is called in tables, legends and results.json: the first of its names."""
     return names_of(cls)[0]

@@ -28,8 +28,8 @@ import clip
 from clip.model import MLP, Attention, merge_heads
 from clip.weights import read_weights
 from data import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, TrainingViews,
-                  check_dataset, download, draw_seed, names_of, normalise, open_dataset,
-                  parse_classes, resize_to_scale)
+                  check_dataset, download, draw_seed, name_counts, names_of, normalise,
+                  open_dataset, parse_classes, resize_to_scale)
 from files import (Parser, UserError, clean_exit, count, natural, path as user_path, positive,
                    read_ahead, seed as seed_number, share)
 from run import (Batches, Progress, Run, as_checkpoint, ask_once, barrier, clip_fingerprint,
@@ -204,7 +204,7 @@ class Reference(nn.Module):
 
     def __init__(self, model, classes, text=None):
         super().__init__()
-        self.names = [len(names_of(one)) for one in classes]
+        self.names = name_counts(classes)
         words = [name for one in classes for name in names_of(one)]
         names = [clip.tokenize(name, 512, truncate=True)[0] for name in words]
         lengths = [int(name.argmax()) - 1 for name in names]
@@ -360,7 +360,7 @@ class Rectifier(nn.Module):
         super().__init__()
         C, D, width = len(classes), Wq.shape[1], model.visual.proj.shape[0]
         self.kind, self.sign, self.wr_norm = bias, sign, wr_norm
-        self.names = [len(names_of(one)) for one in classes]
+        self.names = name_counts(classes)
         self.register_buffer("Wq", Wq.clone())
         if bias != "none":
             self.reference = Reference(model, classes)
@@ -770,7 +770,7 @@ def make_hypotheses(data, model, Wq, s, folder, device):
     hypothesis, crop_ratio or scale, threshold, top, activation, amp, workers.
     """
     crops, C = s.hypothesis == "crops", len(data.classes)
-    names = [len(names_of(one)) for one in data.classes]
+    names = name_counts(data.classes)
     scale = list(s.scale) if s.hypothesis == "global-full" else None
     facts = dict(hypothesis=s.hypothesis, data=data.name, images=data.fingerprint,
                  classes=data.classes, clip=clip_fingerprint(model), activation=s.activation,

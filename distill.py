@@ -31,7 +31,7 @@ from files import (VOID, Parser, UserError, clean_exit, count, fingerprint, natu
                    path as user_path, positive, read_ahead, seed as seed_number, share)
 from maps import label_map, prompt_denoising
 from reclip import (PAPER, ROWS, Decoder, PositionLogits, best_name, classify, contrastive_loss,
-                    encode_views, gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
+                    gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
                     make_hypotheses, masked_pooling, open_rectified, resized_positions)
 from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, clip_fingerprint,
                  folder_lock, leave_processes, load_checkpoint, make_folder, make_views,
@@ -456,11 +456,9 @@ def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None,
     Returns Z, float32 B×D×h×w, not of unit length, and labels, int64 B×H×W with VOID for padding
     and pixels left out.
     """
-    s = argparse.Namespace(**vars(teacher.settings) | dict(amp=amp))
-    features = encode_views(teacher.visual, views, s, sizes)
+    features, size = teacher.encode(views, sizes, amp), views.shape[2:]
     padded = [side * teacher.patch for side in features.shape[2:]]
-    size = views.shape[2:]
-    logits = prompt_denoising(teacher.rectify(features)[1], pd, pd_temperature)
+    logits = prompt_denoising(teacher.logits(features)[1], pd, pd_temperature)
     outside = padding(sizes, *size)
     if ignore_below is not None:
         confidence = (logits / pd_temperature).softmax(1).amax(1)

@@ -250,7 +250,7 @@ def bias_maps(segment, view):
     """
     network = segment.network
     rectifier, Wr, sign = network.rectifier, network.Wr, network.rectifier.sign
-    Z, p = network.features(view, segment.amp)
+    Z, p = network.inputs(network.encode(view, amp=segment.amp))
     Mq, Mo = rectifier(Z, p, Wr)
     Mr, Mb = torch.einsum("bdhw,cd->bchw", Z, Wr), rectifier.bias(Z, p, Wr).expand_as(Mq)
     M, Reference = Mq + sign * Mb, "Reference Z·Wr"

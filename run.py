@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import clip
 from clip.weights import read_weights
 from data import draw_seed
 from files import UserError, fingerprint, printable, read_ahead, write_text
@@ -455,6 +456,25 @@ def unlike(old, new):
 def plain(s):
     """Settings as plain values."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
+
+
+def load_clip(source, activation="quick_gelu", device="cpu", heads=None):
+    """A frozen float32 CLIP with a ViT image encoder, from a name or a file. Raises UserError.
+
+    activation: what it was trained with; heads: of its image encoder, where its sizes do not tell.
+    """
+    try:
+        with one_first():
+            model, _ = clip.load(source, device="cpu", activation=activation, heads=heads)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if not hasattr(model.visual, "proj"):
+        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a "
+                        "ViT, for example ViT-B/16")
+    if model.vocab_size != 49408 or model.context_length != 77:
+        raise UserError(f"{source} has a vocabulary of {model.vocab_size} and a context of "
+                        f"{model.context_length} tokens; expected OpenAI's 49408 and 77")
+    return model.float().to(device).eval().requires_grad_(False)
 
 
 def clip_fingerprint(model):

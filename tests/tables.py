@@ -42,9 +42,10 @@ def all_runs(dataset, preset="release"):
     "–" for what is only quoted.
     """
     own, sweeps = recipe(dataset, preset), SWEEPS.get(dataset, SWEEPS["others"])
-    soft, sharp = (recipe(dataset, preset, method)["mask_temperature"]
-                   for method in ("reclip++", "reclip"))
-    runs = {run: (None, flags.format(sharp=sharp, soft=soft)) for run, flags in RECTIFIED.items()}
+    first = recipe(dataset, preset, "reclip")
+    words = dict(sharp=first["mask_temperature"], soft=own["mask_temperature"],
+                 whole=first["hypothesis"])
+    runs = {run: (None, flags.format(**words)) for run, flags in RECTIFIED.items()}
     students, tables = dict(DISTILLED), list(TABLES)
     for kind, run in STAGES.items():
         rows, theirs = [], BLOCKS if kind == "masks" else {}

@@ -49,7 +49,8 @@ def test_flags_exist(words, capsys):
 
 def test_flags_in_the_text_exist(capsys):
     known = {"--nproc_per_node"}.union(*(known_flags(script, capsys) for script in MAINS))
-    assert {flag for code in re.findall(r"`[^`\n]+`", README)
+    text = re.sub(r"```.*?```", "", README + DETAILS, flags=re.S)
+    assert {flag for code in re.findall(r"`[^`]+`", text)
             for flag in re.findall(r"--[a-z][\w-]*", code)} <= known
 
 

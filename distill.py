@@ -27,15 +27,13 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, TrainingViews, draw_seed, name_co
                   open_dataset, padding)
 from files import (VOID, Parser, UserError, clean_exit, count, fingerprint, natural,
                    path as user_path, positive, read_ahead, seed as seed_number, share)
-from maps import (interpolation_matrix, label_map, prompt_denoising, sampling_matrix, to_cells,
-                  upsample)
+from maps import label_map, prompt_denoising, sampling_matrix, to_cells, upsample
 from reclip import (PAPER, ROWS, Decoder, PositionLogits, best_name, classify, contrastive_loss,
                     gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
                     make_hypotheses, masked_pooling, open_rectified, resized_positions)
-from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, clip_fingerprint,
-                 folder_lock, leave_processes, load_checkpoint, make_folder, make_views,
-                 mean_over_processes, one_first, parallel, pick_device, plain, to_device, use_amp,
-                 world)
+from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, folder_lock,
+                 leave_processes, load_checkpoint, make_folder, make_views, mean_over_processes,
+                 network_facts, one_first, parallel, pick_device, plain, to_device, use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -542,8 +540,7 @@ def train(s, data, teacher, student, hypothesis, run, device):
     if s.views and len(batches):  # what a frozen teacher says of a view need be asked only once
         facts = {key: getattr(s, key) for key in ("teacher_weights", "pd", "pd_temperature",
                                                   "ignore_below", "use_ground_truth_void")}
-        facts |= dict(clip=clip_fingerprint(teacher.model), preset=s.preset,
-                      surgery=teacher.settings.surgery)
+        facts |= network_facts(teacher.model, teacher.settings)
         cells = -(-s.crop // teacher.patch)
         fields = dict(view=(np.uint8, (3, s.crop, s.crop)), size=(np.int16, (2,)),
                       Z=(np.float16, (Wq.shape[1], cells, cells)),
@@ -669,11 +666,11 @@ def settings_of(args, teacher):
     if args.losses is not None:
         given["losses"] = [name.strip() for name in args.losses.split(",")]
     learned = sorted(teacher.rectifier.state_dict().items())
-    inherited = dict(dataset=t.dataset, data_root=t.data_root, method=t.method,
-                     preset=t.preset, seed=t.seed, student_seed=t.seed, workers=t.workers,
-                     mask_temperature=t.mask_temperature, sign=t.sign, patch=teacher.patch,
-                     teacher_weights=fingerprint(*(part for pair in learned for part in pair)),
-                     ignore_below=None)
+    own = ("dataset", "data_root", "method", "preset", "seed", "workers", "mask_temperature",
+           "sign", "train_split", "labels", "labels_offset", "surgery", "sigma", "activation")
+    inherited = {key: getattr(t, key) for key in own if hasattr(t, key)}
+    inherited |= dict(patch=teacher.patch, student_seed=t.seed, ignore_below=None,
+                      teacher_weights=fingerprint(*(part for pair in learned for part in pair)))
     s = argparse.Namespace(**inherited | recipe(t.dataset, t.bias, t.decoder) | given)
     if not s.losses or not set(s.losses) <= set(LOSSES):
         raise UserError(f"--losses {args.losses}: expected some of {','.join(LOSSES)}")

@@ -30,16 +30,16 @@ from torch import nn
 from data import (CLASSES, called, dataset_palette, draw_seed, open_dataset, parse_classes,
                   resize_to_scale)
 from distill import load_student
-from files import (PHOTOS, VOID, Parser, UserError, clean_exit, count, list_folder, natural,
-                   path as user_path, positive, printable, read_ahead, read_image, save_picture,
-                   share, write_text)
+from files import (PHOTOS, VOID, Parser, Progress, UserError, clean_exit, count, list_folder,
+                   natural, path as user_path, positive, printable, read_ahead, read_image,
+                   save_picture, share, write_text)
 from maps import (comparison, confusion_figure, distance_figure, heatmaps, label_map, pamr,
                   prompt_denoising, with_legend)
 from reclip import (SURGERIES, RectifiedCLIP, authors_method, authors_state, from_authors,
                     hypotheses_folder, make_hypotheses, open_rectified, plain_maskclip,
-                    query_features, recipe, usual_surgery)
-from run import (Progress, checkpoint_in, folder_lock, gather, leave_processes, load_checkpoint,
-                 load_clip, make_folder, pick_device, rank, to_device, use_amp, world)
+                    query_features, recipe)
+from run import (checkpoint_in, folder_lock, gather, leave_processes, load_checkpoint, load_clip,
+                 make_folder, pick_device, rank, to_device, use_amp, usual_surgery, world)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -720,7 +720,7 @@ def parse_arguments(argv):
     flag("--dataset", help="default: the one it was trained on")
     flag("--data-root", type=user_path, help="default: where it was trained")
     flag("--labels", type=user_path, help="for folder: the labels of its images, ID.png")
-    flag("--labels-offset", type=natural, help="1 where label 0 is none of the classes")
+    flag("--labels-offset", type=int, choices=(0, 1), help="1: label 0 is none of the classes")
     flag("--split", choices=("val", "train", "trainaug"), default="val")
     flag("--clip", help="where the checkpoint's CLIP is, if not where it was; without a checkpoint "
          "of ours, a name or a file (default: ViT-B/16)")
@@ -756,7 +756,7 @@ def parse_arguments(argv):
     flag("--unknown-below", type=share, metavar="P", help="255, no class, where it is less than P")
     flag("--method", choices=("maskclip",), help="show the Query's masks, without rectification")
     flag("--classes", help='with --method maskclip, without a checkpoint: "cat, dog, sofa", or a '
-         "text file with one class a line")
+         "text file, one class a line, further names of it after commas")
     group = parser.add_argument_group("what no checkpoint of ours tells")
     flag = group.add_argument
     flag("--surgery", choices=tuple(SURGERIES), help="with --classes: CLIP's last block")

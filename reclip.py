@@ -25,16 +25,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip
-from clip.model import MLP, Attention, merge_heads
+from clip.model import merge_heads
 from clip.weights import read_weights
 from data import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, TrainingViews,
                   check_dataset, download, draw_seed, name_counts, names_of, normalise,
                   open_dataset, parse_classes, resize_to_scale)
-from files import (Parser, UserError, clean_exit, count, natural, path as user_path, positive,
-                   read_ahead, seed as seed_number, share)
-from run import (Batches, Progress, Run, as_checkpoint, ask_once, barrier, clip_fingerprint,
-                 folder_lock, leave_processes, load_checkpoint, load_clip, make_folder, make_views,
-                 parallel, pick_device, plain, rank, to_device, use_amp, world)
+from files import (Parser, Progress, UserError, clean_exit, count, natural, path as user_path,
+                   positive, read_ahead, seed as seed_number, share)
+from run import (Batches, Run, as_checkpoint, ask_once, barrier, clip_fingerprint, folder_lock,
+                 image_encoder, leave_processes, load_checkpoint, load_clip, make_folder,
+                 make_views, network_facts, parallel, pick_device, plain, rank, to_device, use_amp,
+                 usual_surgery, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -133,12 +134,11 @@ def neighbourhood(h, w, sigma, like):
 
 
 def global_feature(visual, images):
-    """CLIP's feature of the whole image, at any image size: B×3×H×W, normalised → B×D, unit length.
+    """CLIP's feature of the whole image, at any image size: B×3×H×W, normalised → B×D.
 
     At the resolution CLIP was trained on, and but for epsilon, this is its own `encode_image`.
     """
-    x, _ = tokens_before_last_block(visual, images)
-    return F.normalize(class_feature(visual, x).float(), dim=-1)
+    return class_feature(visual, tokens_before_last_block(visual, images)[0])
 
 
 def class_feature(visual, x):
@@ -499,7 +499,7 @@ def cut_crops(image, r, side):
 
 
 def clip_view(images, side):
-    """CLIP's preprocessing short of normalisation: uint8 B×3×H×W → uint8 B×3×side×side."""
+    """CLIP's preprocessing short of normalisation: uint8 …×3×H×W → uint8 …×3×side×side."""
     from torchvision.transforms.v2 import functional as TF
     images = TF.resize(images, side, TF.InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop(images, [side, side])
@@ -516,17 +516,15 @@ def encode_crops(visual, images):
     return class_feature(visual, visual.transformer.resblocks[:-1](visual.ln_pre(x)))
 
 
-def crop_votes(model, images, Wq, r, amp=False, batch=None, names=None):
+def crop_votes(model, images, Wq, r, amp=False, names=None):
     """How many crops of each image every class wins (Sec. III-D).
 
     model: a CLIP; images: list of uint8 3×H×W, of any sizes; Wq: C×D; r: side of a crop relative to
-    the image's; amp: encode in bf16; batch: crops encoded at once, by default few enough to stay in
-    a CPU's cache, or 512; names: as in `best_name`. Returns int64 len(images)×C.
+    the image's; amp: encode in bf16; names: as in `best_name`. Returns int64 len(images)×C.
     """
     crops = torch.cat([cut_crops(image, r, model.visual.input_resolution) for image in images])
-    if batch is None:
-        tokens = len(model.visual.positional_embedding)
-        batch = max(1, 2000 // tokens) if crops.device.type == "cpu" else 512
+    tokens = len(model.visual.positional_embedding)  # on a CPU a batch that stays in its cache
+    batch = max(1, 2000 // tokens) if crops.device.type == "cpu" else 512
     with torch.autocast(crops.device.type, torch.bfloat16, enabled=amp):
         features = torch.cat([encode_crops(model.visual, normalise(part, CLIP_MEAN, CLIP_STD))
                               for part in crops.split(batch)])
@@ -548,13 +546,12 @@ def global_scores(model, image, Wq, scale=None, amp=False):
     scale: None for the image as CLIP sees it, its centre, to which the published thresholds
     belong; or, as in `recipe`, the size at which the whole image is encoded. amp: in bf16.
     """
-    view = (clip_view(image[None], model.visual.input_resolution) if scale is None else
-            resize_to_scale(image, scale)[None])
-    view = normalise(view, CLIP_MEAN, CLIP_STD)
+    whole, side = scale is not None, model.visual.input_resolution
+    view = resize_to_scale(image, scale) if whole else clip_view(image, side)
+    view = normalise(view[None], CLIP_MEAN, CLIP_STD)
     with torch.autocast(view.device.type, torch.bfloat16, enabled=amp):
-        feature = (F.normalize(encode_crops(model.visual, view).float(), dim=-1) if scale is None
-                   else global_feature(model.visual, view))
-    return 100 * (feature @ Wq.T)[0]
+        feature = (global_feature if whole else encode_crops)(model.visual, view)
+    return 100 * (F.normalize(feature.float(), dim=-1) @ Wq.T)[0]
 
 
 def global_hypothesis(scores, threshold, top):
@@ -674,17 +671,13 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     p = resized_positions(visual, grid, grid)
 
     def encode(batch):
-        """Dense features, B×D×h×w, float32, of a batch of training views."""
+        view, size = (to_device(batch[key], device) for key in ("view", "size"))
         with torch.set_grad_enabled(s.tune_encoder):
-            return encode_views(visual, to_device(batch["view"], device), s.preset, s.surgery,
-                                s.sigma, s.amp, to_device(batch["size"], device))
+            return encode_views(visual, view, s.preset, s.surgery, s.sigma, s.amp, size)
 
     if s.views and len(batches):  # CLIP is frozen: what it says of a view need be asked only once
-        D = rectifier.Wq.shape[1]
-        facts = {key: getattr(s, key) for key in ("preset", "surgery", "activation")}
-        facts |= dict(sigma=s.sigma) if s.surgery == "naclip" else {}
-        views = make_views(views, s, "views", facts | dict(clip=clip_fingerprint(model)),
-                           dict(features=(np.float16, (D, grid, grid))),
+        fields = dict(features=(np.float16, (rectifier.Wq.shape[1], grid, grid)))
+        views = make_views(views, s, "views", network_facts(model, s), fields,
                            lambda batch: dict(features=encode(batch).half()))
     rectifier.train()
     # A surgery without the MLP of the encoder's last block leaves its parameters without gradient.
@@ -774,7 +767,7 @@ def make_hypotheses(data, model, Wq, s, folder, device):
     scale = list(s.scale) if s.hypothesis == "global-full" else None
     facts = dict(hypothesis=s.hypothesis, data=data.name, images=data.fingerprint,
                  classes=data.classes, clip=clip_fingerprint(model), activation=s.activation,
-                 view=s.crop_ratio if crops else scale)
+                 heads=getattr(s, "heads", None), view=s.crop_ratio if crops else scale)
     # Blocks are the same for any number of processes, and so is the rounding in a batch.
     size = max(1, 256 // len(crop_windows(64, 64, s.crop_ratio))) if crops else 1
     blocks = [rows.tolist() for rows in torch.arange(len(data)).split(size)]
@@ -802,31 +795,6 @@ def hypotheses_folder(checkpoint, s):
     """Where the hypotheses of a checkpoint's run are: beside it, or only in its cache."""
     beside, cache = (Path(folder, "hypotheses.npy") for folder in (checkpoint.parent, s.cache))
     return cache.parent if cache.exists() and not beside.exists() else beside.parent
-
-
-def image_encoder(model, preset, half=False):
-    """The encoder of dense features: CLIP's own, for the paper's preset with exact GELU.
-
-    half: for autocast alone, with matrices that are bf16 already; the outcome is the same, but
-    autocast would round those of a frozen encoder anew in every call.
-    """
-    if preset != "paper" and not half:
-        return model.visual
-    visual = copy.deepcopy(model.visual)
-    for module in visual.modules():
-        if preset == "paper" and isinstance(module, MLP):
-            module.gelu = nn.GELU()
-        if half and isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
-            module.bfloat16()
-    return visual
-
-
-def usual_surgery(model, surgery="program"):
-    """`surgery`, but "value" for a larger CLIP, with which "program" collapses (ClearCLIP)."""
-    if surgery != "program" or len(model.visual.proj) <= 768:
-        return surgery
-    print("--surgery value: with CLIPs larger than ViT-B program collapses (README)")
-    return "value"
 
 
 def make_rectifier(model, classes, Wq, s):
@@ -941,9 +909,10 @@ def parse_arguments(argv):
          "folder, or shapes, the built-in demo (default)")
     flag("--data-root", type=user_path, help="its folder (README, Data sets)")
     flag("--train-split", choices=("train", "trainaug"), default="train", help="of voc")
-    flag("--classes", help='for folder: "cat, dog, sofa", or a text file with one name a line')
+    flag("--classes", help='for folder: "cat, dog, sofa", or a text file, one class a line, with '
+         "several names where they are separated by commas")
     flag("--labels", type=user_path, help="for folder: ground truth, to evaluate with alone")
-    flag("--labels-offset", type=natural, default=0, help="1 where 0 is background")
+    flag("--labels-offset", type=int, choices=(0, 1), default=0, help="1: 0 is background")
     flag("--download", action="store_true", help="fetch voc or ade into --data-root first")
     flag("--method", choices=("reclip++", "reclip", "maskclip"), default="reclip++")
     flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
@@ -1050,6 +1019,8 @@ def main(argv=None):
     data = open_dataset(s.dataset, s.data_root, s.train_split, classes, s.seed, s.labels,
                         s.labels_offset)
     s.classes = data.classes
+    if s.pooling == "cosine" and max(name_counts(s.classes)) > 1:
+        raise UserError("--pooling cosine is for classes of one name each")
     model = load_clip(s.clip, s.activation, device, s.heads)
     s.surgery = args.surgery or usual_surgery(model, s.surgery)
     if s.crop <= model.visual.conv1.stride[0]:

@@ -305,14 +305,14 @@ def test_hypotheses_are_made_once(make):
 
 
 def test_hypotheses_of_other_images_are_not_taken_for_these(make):
-    first = make()
+    make()
     for ids in (make.images.ids[::-1], make.images.ids[5:8]):
         make.images.ids = ids
         del make.images.fingerprint  # another object would have its own
         with pytest.raises(UserError, match=r"hypotheses.json was made with other .* \(images "):
             make()
     make.path.unlink()
-    assert torch.equal(make(), first[5:8]) and len(make.encoded) == 27
+    assert len(make()) == 3 and len(make.encoded) == 27
 
 
 def test_interrupted_hypotheses_go_on(make):

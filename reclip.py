@@ -134,11 +134,12 @@ def neighbourhood(h, w, sigma, like):
 
 
 def global_feature(visual, images):
-    """CLIP's feature of the whole image, at any image size: B×3×H×W, normalised → B×D.
+    """CLIP's feature of the whole image, at any image size: B×3×H×W, normalised → B×D, unit length.
 
     At the resolution CLIP was trained on, and but for epsilon, this is its own `encode_image`.
     """
-    return class_feature(visual, tokens_before_last_block(visual, images)[0])
+    x, _ = tokens_before_last_block(visual, images)
+    return F.normalize(class_feature(visual, x).float(), dim=-1)
 
 
 def class_feature(visual, x):

@@ -51,6 +51,7 @@ def ask_once(path, facts, fields, items, blocks, ask, workers, collate=None):
     Raises UserError for a file of other facts or of an earlier version, and too small a disk.
     """
     name, n, starts = path.stem, sum(map(len, blocks)), np.cumsum([0, *map(len, blocks)])
+    facts = {key: value for key, value in facts.items() if value is not None}
     kind = np.dtype([(key, *field) for key, field in fields.items()] + [("checksum", np.uint32)])
     for old in path.parent.glob(f"{name}.jsonl*"):
         raise UserError(f"{old} has the format of an earlier version; delete it, and {name} will "

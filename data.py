@@ -153,6 +153,11 @@ def names_of(cls):
     return [name.strip() for name in cls.split(",")]
 
 
+def name_counts(classes):
+    """How many names each class has."""
+    return [len(names_of(one)) for one in classes]
+
+
 def called(cls):
     """What a class is called in tables, legends and results.json: the first of its names."""
     return names_of(cls)[0]
@@ -472,8 +477,9 @@ def _open_folder(root, split, classes, labels, offset):
     if labels is not None:
         labels = Path(labels).expanduser()
         if not labels.is_dir():
-            raise UserError(f"no folder {labels}; --labels is the folder that holds ID.png for "
-                            "each image ID")
+            raise UserError(f"no folder {labels}; --labels is the folder of ID.png for each ID")
+        if offset and len(classes) == VOID:
+            raise UserError(f"--labels-offset 1: 8-bit labels hold {VOID - 1} classes then")
         inside = os.path.realpath(labels) + os.sep  # labels among the photographs are none
         ids = [i for i in ids if not (i.lower().endswith(".png") and
                                       os.path.realpath(root / i).startswith(inside))]

@@ -5,9 +5,7 @@
 
 Wang and Kang, ReCLIP++ (2024), Sec. III-E; tables and equations below are that paper's, those of
 "ReCLIP" the CVPR 2024 paper's. Data set, classes and CLIP are those of the teacher's checkpoint.
-
-Network, head, losses, the teacher's part, the recipe, a training step and the loop follow each
-other; the command is at the end. What keeps a run alive is reclip.py's.
+Network, head, losses, teacher, recipe, one training step and the loop; then the command.
 
 Shapes: B images, C classes, D joint channels of CLIP, h×w cells of a grid, H×W pixels. The
 teacher's features are Z (one cell a patch), the student's Ẑ (one for 8×8 pixels; in code Z_hat).
@@ -25,18 +23,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip.weights import read_state_dict
-from data import (IMAGENET_MEAN, IMAGENET_STD, TrainingViews, draw_seed, names_of, normalise,
+from data import (IMAGENET_MEAN, IMAGENET_STD, TrainingViews, draw_seed, name_counts, normalise,
                   open_dataset, padding)
 from files import (VOID, Parser, UserError, clean_exit, count, fingerprint, natural,
                    path as user_path, positive, read_ahead, seed as seed_number, share)
-from maps import label_map, prompt_denoising
+from maps import label_map, prompt_denoising, sampling_matrix, to_cells, upsample
 from reclip import (PAPER, ROWS, Decoder, PositionLogits, best_name, classify, contrastive_loss,
-                    encode_views, gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
+                    gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
                     make_hypotheses, masked_pooling, open_rectified, resized_positions)
-from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, clip_fingerprint,
-                 folder_lock, leave_processes, load_checkpoint, make_folder, make_views,
-                 mean_over_processes, one_first, parallel, pick_device, plain, to_device, use_amp,
-                 world)
+from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, folder_lock,
+                 leave_processes, load_checkpoint, make_folder, make_views, mean_over_processes,
+                 network_facts, one_first, parallel, pick_device, plain, to_device, use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -241,17 +238,6 @@ class InheritedHead(nn.Module):
         return M if self.decoder is None else self.decoder(Z, M)  # Eq. 4
 
 
-@functools.lru_cache(64)
-def sampling_matrix(n, patch, side, m, device):
-    """m×n: linear interpolation of n patches at the centres of the m cells of an image's side.
-
-    patch, side: in pixels; the n patches may reach beyond the side's end.
-    """
-    centres = (torch.arange(m, device=device) + 0.5) * side / m  # in pixels
-    place = (centres / patch - 0.5).clamp(0, n - 1)
-    return (1 - (place[:, None] - torch.arange(n, device=device)).abs()).clamp(min=0)
-
-
 class LearnedHead(nn.Conv2d):
     """The head that DeepLab learns for itself: a 1×1 convolution, the first row of Table IX."""
 
@@ -336,7 +322,7 @@ def load_student(path, device="cpu"):
     with as_checkpoint(path):
         s, state = argparse.Namespace(**checkpoint["settings"]), checkpoint["state"]
         parts = {key.removeprefix("head."): v for key, v in state.items() if key[:5] == "head."}
-        D, names = len(state["network.aspp.0.conv.weight"]), class_sizes(checkpoint["classes"])
+        D, names = len(state["network.aspp.0.conv.weight"]), name_counts(checkpoint["classes"])
         head = (LearnedHead(len(names), D) if s.head == "learned" else
                 InheritedHead(parts, s.patch, s.sign, names))
         student = Student(DeepLabV2(D, stem=s.stem, **STUDENTS[s.student]), head)
@@ -345,39 +331,8 @@ def load_student(path, device="cpu"):
     return student.to(device).eval().requires_grad_(False)
 
 
-def class_sizes(classes):
-    """How many names each class has."""
-    return [len(names_of(one)) for one in classes]
-
-
 # ------------------------------------------------------------------------------------------------
 # III-E  The three losses
-
-
-@functools.lru_cache(64)
-def interpolation_matrix(n, m, device):
-    """m×n: linear interpolation of n samples to m (align_corners=False) as a matrix."""
-    return F.interpolate(torch.eye(n, device=device)[:, None], m, mode="linear")[:, 0].T
-
-
-def upsample(x, size):
-    """F.interpolate(x, size, mode="bilinear") by two matrix products: …×h×w → …×H×W.
-
-    Faster forward and backward, and the same bits on every run of a GPU.
-    """
-    (h, w), (H, W) = x.shape[-2:], size
-    rows, columns = (interpolation_matrix(n, m, x.device) for n, m in ((h, H), (w, W)))
-    return rows @ (x @ columns.T)
-
-
-def to_cells(x, grid):
-    """The transpose of `upsample`: …×H×W → …×h×w.
-
-    Σ upsample(a)·b over pixels is Σ a·to_cells(b) over cells, so large a need not be upsampled.
-    """
-    (H, W), (h, w) = x.shape[-2:], grid
-    rows, columns = (interpolation_matrix(n, m, x.device) for n, m in ((h, H), (w, W)))
-    return (rows.T @ x) @ columns
 
 
 def mask_loss(logits, labels, count=None):
@@ -456,11 +411,9 @@ def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None,
     Returns Z, float32 B×D×h×w, not of unit length, and labels, int64 B×H×W with VOID for padding
     and pixels left out.
     """
-    s = argparse.Namespace(**vars(teacher.settings) | dict(amp=amp))
-    features = encode_views(teacher.visual, views, s, sizes)
+    features, size = teacher.encode(views, sizes, amp), views.shape[2:]
     padded = [side * teacher.patch for side in features.shape[2:]]
-    size = views.shape[2:]
-    logits = prompt_denoising(teacher.rectify(features)[1], pd, pd_temperature)
+    logits = prompt_denoising(teacher.logits(features)[1], pd, pd_temperature)
     outside = padding(sizes, *size)
     if ignore_below is not None:
         confidence = (logits / pd_temperature).softmax(1).amax(1)
@@ -587,8 +540,7 @@ def train(s, data, teacher, student, hypothesis, run, device):
     if s.views and len(batches):  # what a frozen teacher says of a view need be asked only once
         facts = {key: getattr(s, key) for key in ("teacher_weights", "pd", "pd_temperature",
                                                   "ignore_below", "use_ground_truth_void")}
-        facts |= dict(clip=clip_fingerprint(teacher.model), preset=s.preset,
-                      surgery=teacher.settings.surgery)
+        facts |= network_facts(teacher.model, teacher.settings)
         cells = -(-s.crop // teacher.patch)
         fields = dict(view=(np.uint8, (3, s.crop, s.crop)), size=(np.int16, (2,)),
                       Z=(np.float16, (Wq.shape[1], cells, cells)),
@@ -672,36 +624,31 @@ def parse_arguments(argv):
     """The command line as a namespace; what is not given is None."""
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--teacher", type=user_path, help="a checkpoint of reclip.py, or its folder (default: the "
-         "newest rectified one under runs/)")
+    flag("--teacher", type=user_path, help="a checkpoint of reclip.py (default: the newest)")
     flag("--data-root", type=user_path, help="where the teacher's data set is, if not where it was")
     flag("--clip", help="where the teacher's CLIP is, if not where it was")
     flag("--out", type=user_path, help="the student's folder (default: the teacher's)")
     flag("--cache", type=user_path, help="folder for views (default: the student's)")
-    flag("--seed", dest="student_seed", type=seed_number, help="of the student's training "
-         "(default: the teacher's)")
+    flag("--seed", dest="student_seed", type=seed_number, help="default: the teacher's")
     flag("--device", help="default: cuda, else mps, else cpu")
-    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 networks (default: on a GPU "
-         "that has it)")
+    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 networks (default: on a GPU)")
     flag("--workers", type=natural, help="processes that read images (default: as the teacher's)")
     group = parser.add_argument_group("single values of the recipe (default: as published)")
     flag = group.add_argument
-    flag("--student", choices=tuple(STUDENTS), help="default: resnet50, in the demo small; "
-         "MaskCLIP+'s own was resnet101")
+    flag("--student", choices=tuple(STUDENTS), help="MaskCLIP+'s own was resnet101")
     flag("--backbone", help="ImageNet weights: imagenet (torchvision's, downloaded), a file "
          "(torchvision's or Open-MMLab's v1c layout), or none")
     flag("--losses", help="some of mask,feature,text (default: all; for a MaskCLIP teacher mask)")
     flag("--head", choices=("inherit", "query", "query+bias", "learned"), default="inherit")
-    flag("--text-masks", choices=("student", "teacher"), default="student", help="text loss: masks "
-         "from the student's logits, as in the papers, or the teacher's labels, as in the authors' "
-         "program")
+    flag("--text-masks", choices=("student", "teacher"), default="student", help="of the text "
+         "loss: the student's, as in the papers, or the teacher's, as in the authors' program")
     flag("--ignore-below", type=share, metavar="P", help="leave out pixels where the teacher's "
          "greatest softmax(10·logits) is less (0: none)")
     flag("--use-ground-truth-void", action="store_true", help="NOT unsupervised: open the training "
          "labels and leave out what they call void or background, as the authors' program does")
     flag("--pd", type=share, help="prompt denoising of the teacher (0: none)")
     flag("--views", type=natural, metavar="K", help="ask the teacher about K augmented views of "
-         "each image once, and train on these; 0: fresh views in every epoch")
+         "each image once; 0: fresh views in every epoch")
     flag("--epochs", type=count)
     flag("--batch", type=count)
     flag("--lr", type=positive)
@@ -719,11 +666,11 @@ def settings_of(args, teacher):
     if args.losses is not None:
         given["losses"] = [name.strip() for name in args.losses.split(",")]
     learned = sorted(teacher.rectifier.state_dict().items())
-    inherited = dict(dataset=t.dataset, data_root=t.data_root, method=t.method,
-                     preset=t.preset, seed=t.seed, student_seed=t.seed, workers=t.workers,
-                     mask_temperature=t.mask_temperature, sign=t.sign, patch=teacher.patch,
-                     teacher_weights=fingerprint(*(part for pair in learned for part in pair)),
-                     ignore_below=None)
+    own = ("dataset", "data_root", "method", "preset", "seed", "workers", "mask_temperature",
+           "sign", "train_split", "labels", "labels_offset", "surgery", "sigma", "activation")
+    inherited = {key: getattr(t, key) for key in own if hasattr(t, key)}
+    inherited |= dict(patch=teacher.patch, student_seed=t.seed, ignore_below=None,
+                      teacher_weights=fingerprint(*(part for pair in learned for part in pair)))
     s = argparse.Namespace(**inherited | recipe(t.dataset, t.bias, t.decoder) | given)
     if not s.losses or not set(s.losses) <= set(LOSSES):
         raise UserError(f"--losses {args.losses}: expected some of {','.join(LOSSES)}")
@@ -778,18 +725,19 @@ def main(argv=None):
     evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
     barrier()  # the results are there
 
-    def kept():
-        """{stage: mIoU} of teacher and student, evaluated in the way of the recipe."""
+    def measured():
+        """{stage: mIoU} of teacher and student, so far as evaluated in the way of the recipe."""
         files = [folder / "results.json" for folder in (path.parent, s.out)]
         results = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
         return {name: r["miou"] for stages in results for name, r in stages.items()
                 if r.get("standard") and name in ("maskclip", "rectified", "distilled")}
 
-    if "distilled" in kept():  # else there are no labels to compare with
-        if ("maskclip" if t.method == "maskclip" else "rectified") not in kept():
-            options += ["--clip", args.clip] if args.clip else []
-            evaluate.main(["--checkpoint", str(path), "--out", str(s.out), *options])
-        print("mIoU: " + "  ".join(f"{name} {miou:.2f}" for name, miou in kept().items()))
+    taught = "maskclip" if t.method == "maskclip" else "rectified"
+    if "distilled" in measured() and taught not in measured():
+        options += ["--clip", args.clip] if args.clip else []
+        evaluate.main(["--checkpoint", str(path), "--out", str(s.out), *options])
+    if "distilled" in measured():  # else there are no labels to compare with
+        print("mIoU: " + "  ".join(f"{name} {miou:.2f}" for name, miou in measured().items()))
 
 
 if __name__ == "__main__":

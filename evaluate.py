@@ -30,16 +30,16 @@ from torch import nn
 from data import (CLASSES, called, dataset_palette, draw_seed, open_dataset, parse_classes,
                   resize_to_scale)
 from distill import load_student
-from files import (PHOTOS, VOID, Parser, UserError, clean_exit, count, list_folder, natural,
-                   path as user_path, positive, printable, read_ahead, read_image, save_picture,
-                   share, write_text)
+from files import (PHOTOS, VOID, Parser, Progress, UserError, clean_exit, count, list_folder,
+                   natural, path as user_path, positive, printable, read_ahead, read_image,
+                   save_picture, share, write_text)
 from maps import (comparison, confusion_figure, distance_figure, heatmaps, label_map, pamr,
                   prompt_denoising, with_legend)
 from reclip import (SURGERIES, RectifiedCLIP, authors_method, authors_state, from_authors,
-                    hypotheses_folder, load_clip, make_hypotheses, open_rectified, plain_maskclip,
+                    hypotheses_folder, make_hypotheses, open_rectified, plain_maskclip,
                     query_features, recipe)
-from run import (Progress, checkpoint_in, folder_lock, gather, leave_processes, load_checkpoint,
-                 make_folder, pick_device, rank, to_device, use_amp, world)
+from run import (checkpoint_in, folder_lock, gather, leave_processes, load_checkpoint, load_clip,
+                 make_folder, pick_device, rank, to_device, use_amp, usual_surgery, world)
 
 # ------------------------------------------------------------------------------------------------
 # Scores
@@ -193,7 +193,7 @@ class Segmenter:
         if self.student:
             Z_hat, logits = self.network(views, amp=self.amp)
             return {"distilled": (F.normalize(Z_hat, dim=1), logits)}, views.shape[2:]
-        Z, p = self.network.features(views, self.amp)
+        Z, p = self.network.inputs(self.network.encode(views, amp=self.amp))
         Mq, M = self.network.rectifier(Z, p, self.network.Wr)
         stages = dict(maskclip=(Z, Mq), rectified=(torch.cat([Z, M], 1), M))
         padded = tuple(side * self.network.patch for side in Z.shape[2:])
@@ -634,7 +634,7 @@ def write_prediction(out, name, image, mask, names, colours, sure, line):
 # ------------------------------------------------------------------------------------------------
 # The command
 
-PAMR = {"shapes": (2, (1, 2, 4, 8))}  # steps and dilations, elsewhere NACLIP's:
+PAMR = {"shapes": (4, (1, 2, 4, 8))}  # steps and dilations, elsewhere NACLIP's:
 NACLIP_PAMR = 10, (8, 16)
 
 
@@ -687,14 +687,12 @@ def open_foreign(args, path, state, device):
     preset, given = args.preset or preset, {
         name: getattr(args, name) for name in ("clip", "surgery", "sigma")
         if getattr(args, name) is not None}
-    if path is None and args.surgery is None and "L/14" in (args.clip or ""):
-        given["surgery"] = "value"
-        print("--surgery value: with larger CLIPs program's residual drowns the features (README)")
     s = argparse.Namespace(**recipe(dataset, preset, method, **given), dataset=dataset, seed=0,
                            preset=preset, method=method, data_root=args.data_root, workers=0)
     classes = CLASSES[dataset] if path else parse_classes(args.classes)
     model = load_clip(s.clip, args.activation or "quick_gelu", device, args.heads)
     if path is None:
+        s.surgery = args.surgery or usual_surgery(model, s.surgery)
         return plain_maskclip(model, classes, s)
     return from_authors(state, model, classes, query_features(model, classes), s)
 
@@ -722,14 +720,14 @@ def parse_arguments(argv):
     flag("--dataset", help="default: the one it was trained on")
     flag("--data-root", type=user_path, help="default: where it was trained")
     flag("--labels", type=user_path, help="for folder: the labels of its images, ID.png")
-    flag("--labels-offset", type=natural, help="1 where label 0 is none of the classes")
+    flag("--labels-offset", type=int, choices=(0, 1), help="1: label 0 is none of the classes")
     flag("--split", choices=("val", "train", "trainaug"), default="val")
     flag("--clip", help="where the checkpoint's CLIP is, if not where it was; without a checkpoint "
          "of ours, a name or a file (default: ViT-B/16)")
     flag("--pd", type=share, help="prompt denoising of the rectified logits (default: recipe's)")
     flag("--no-pd", action="store_true", help="no prompt denoising")
     flag("--pamr", type=count, nargs="?", const=0, metavar="STEPS", help="masks refined by the "
-         "image, too (default: 10 steps, on the demo 2)")
+         "image, too (default: 10 steps, on the demo 4)")
     flag("--dilations", type=count, nargs="+", help="of PAMR (default: 8 16, on the demo 1 2 4 8)")
     flag("--slide", type=count, nargs=2, metavar=("WINDOW", "STRIDE"), help="sliding windows "
          "instead of whole images, in pixels of the resized image")
@@ -758,7 +756,7 @@ def parse_arguments(argv):
     flag("--unknown-below", type=share, metavar="P", help="255, no class, where it is less than P")
     flag("--method", choices=("maskclip",), help="show the Query's masks, without rectification")
     flag("--classes", help='with --method maskclip, without a checkpoint: "cat, dog, sofa", or a '
-         "text file with one class a line")
+         "text file, one class a line, further names of it after commas")
     group = parser.add_argument_group("what no checkpoint of ours tells")
     flag = group.add_argument
     flag("--surgery", choices=tuple(SURGERIES), help="with --classes: CLIP's last block")

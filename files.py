@@ -9,6 +9,7 @@ Images are uint8 tensors 3×H×W (RGB), label maps int64 tensors H×W.
 import argparse
 import collections
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 import unicodedata
 import warnings
 import zlib
@@ -78,6 +80,43 @@ def printable(text):
     """str(text) with all that could move a cursor, end a line or forge one written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
                    for c in str(text))
+
+
+class Progress:
+    """One line that tells how far something is and how long it will take.
+
+    Rewritten in place on a terminal, every few seconds a new line elsewhere.
+    """
+
+    def __init__(self, title, total, done=0):
+        self.title, self.total, self.done, self.first = title, total, done, done
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stdout.isatty()
+
+    def advance(self, n=1, text=None):
+        """n more are done; text(): what else to show, asked for only when the line is shown."""
+        self.done = min(self.total, self.done + n)  # n is a guess with several processes
+        now = time.monotonic()
+        if now - self.shown > (0.3 if self.live else 5):
+            self.shown = now
+            left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
+            said = text() if text else ""
+            print(f"{self.title} {self.done}/{self.total}{said}  {clock(left)} left",
+                  end="\x1b[K\r" if self.live else "\n", flush=True)
+
+    def close(self):
+        """Say how long it took, if there was anything to do."""
+        if self.done > self.first:
+            print(f"{self.title} {self.done}/{self.total}  {clock(time.monotonic() - self.start)}",
+                  end="\x1b[K\n" if self.live else "\n", flush=True)
+
+
+def clock(seconds):
+    """Seconds as 4 s, 1:05 or 2:03:04."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    text = str(datetime.timedelta(seconds=round(seconds)))
+    return text.removeprefix("0:").removeprefix("0")
 
 
 @functools.cache

@@ -25,16 +25,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip
-from clip.model import MLP, Attention, merge_heads
+from clip.model import merge_heads
 from clip.weights import read_weights
 from data import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, TrainingViews,
-                  check_dataset, download, draw_seed, names_of, normalise, open_dataset,
-                  parse_classes, resize_to_scale)
-from files import (Parser, UserError, clean_exit, count, natural, path as user_path, positive,
-                   read_ahead, seed as seed_number, share)
-from run import (Batches, Progress, Run, as_checkpoint, ask_once, barrier, clip_fingerprint,
-                 folder_lock, leave_processes, load_checkpoint, make_folder, make_views, one_first,
-                 parallel, pick_device, plain, rank, to_device, use_amp, world)
+                  check_dataset, download, draw_seed, name_counts, names_of, normalise,
+                  open_dataset, parse_classes, resize_to_scale)
+from files import (Parser, Progress, UserError, clean_exit, count, natural, path as user_path,
+                   positive, read_ahead, seed as seed_number, share)
+from run import (Batches, Run, as_checkpoint, ask_once, barrier, clip_fingerprint, folder_lock,
+                 image_encoder, leave_processes, load_checkpoint, load_clip, make_folder,
+                 make_views, network_facts, parallel, pick_device, plain, rank, to_device, use_amp,
+                 usual_surgery, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -138,10 +139,17 @@ def global_feature(visual, images):
     At the resolution CLIP was trained on, and but for epsilon, this is its own `encode_image`.
     """
     x, _ = tokens_before_last_block(visual, images)
+    return F.normalize(class_feature(visual, x).float(), dim=-1)
+
+
+def class_feature(visual, x):
+    """The last block and what follows it for the class token alone: tokens B×n×width → B×D."""
     block = visual.transformer.resblocks[-1]
-    x = (x + block.attn(norm(block.ln_1, x)))[:, 0]
-    x = x + block.mlp(norm(block.ln_2, x))
-    return F.normalize((visual.ln_post(x) @ visual.proj).float(), dim=-1)
+    q, k, v = block.attn.project(block.ln_1(x))
+    mixed = merge_heads(F.scaled_dot_product_attention(q[:, :, :1], k, v))[:, 0]
+    x = x[:, 0] + block.attn.out_proj(mixed)
+    x = x + block.mlp(block.ln_2(x))
+    return visual.ln_post(x) @ visual.proj
 
 
 @torch.no_grad()
@@ -197,7 +205,7 @@ class Reference(nn.Module):
 
     def __init__(self, model, classes, text=None):
         super().__init__()
-        self.names = [len(names_of(one)) for one in classes]
+        self.names = name_counts(classes)
         words = [name for one in classes for name in names_of(one)]
         names = [clip.tokenize(name, 512, truncate=True)[0] for name in words]
         lengths = [int(name.argmax()) - 1 for name in names]
@@ -353,7 +361,7 @@ class Rectifier(nn.Module):
         super().__init__()
         C, D, width = len(classes), Wq.shape[1], model.visual.proj.shape[0]
         self.kind, self.sign, self.wr_norm = bias, sign, wr_norm
-        self.names = [len(names_of(one)) for one in classes]
+        self.names = name_counts(classes)
         self.register_buffer("Wq", Wq.clone())
         if bias != "none":
             self.reference = Reference(model, classes)
@@ -492,43 +500,34 @@ def cut_crops(image, r, side):
 
 
 def clip_view(images, side):
-    """CLIP's preprocessing short of normalisation: uint8 B×3×H×W → uint8 B×3×side×side."""
+    """CLIP's preprocessing short of normalisation: uint8 …×3×H×W → uint8 …×3×side×side."""
     from torchvision.transforms.v2 import functional as TF
     images = TF.resize(images, side, TF.InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop(images, [side, side])
 
 
-def class_feature(visual, images):
-    """CLIP's own image feature, as `encode_image` gives it up to rounding: B×3×R×R → B×D.
+def encode_crops(visual, images):
+    """CLIP's own image feature, `encode_image` up to rounding: B×3×R×R, normalised → B×D.
 
-    Of the last block only the class token matters, so only that is computed.
-    visual: a clip VisionTransformer; R: its input_resolution.
+    R: the resolution of `visual`, a clip VisionTransformer.
     """
     x = visual.conv1(images).flatten(2).mT
     first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
     x = torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype)
-    x = visual.transformer.resblocks[:-1](visual.ln_pre(x))
-    block = visual.transformer.resblocks[-1]
-    q, k, v = block.attn.project(block.ln_1(x))
-    mixed = merge_heads(F.scaled_dot_product_attention(q[:, :, :1], k, v))[:, 0]
-    x = x[:, 0] + block.attn.out_proj(mixed)
-    x = x + block.mlp(block.ln_2(x))
-    return visual.ln_post(x) @ visual.proj
+    return class_feature(visual, visual.transformer.resblocks[:-1](visual.ln_pre(x)))
 
 
-def crop_votes(model, images, Wq, r, amp=False, batch=None, names=None):
+def crop_votes(model, images, Wq, r, amp=False, names=None):
     """How many crops of each image every class wins (Sec. III-D).
 
     model: a CLIP; images: list of uint8 3×H×W, of any sizes; Wq: C×D; r: side of a crop relative to
-    the image's; amp: encode in bf16; batch: crops encoded at once, by default few enough to stay in
-    a CPU's cache, or 512; names: as in `best_name`. Returns int64 len(images)×C.
+    the image's; amp: encode in bf16; names: as in `best_name`. Returns int64 len(images)×C.
     """
     crops = torch.cat([cut_crops(image, r, model.visual.input_resolution) for image in images])
-    if batch is None:
-        tokens = len(model.visual.positional_embedding)
-        batch = max(1, 2000 // tokens) if crops.device.type == "cpu" else 512
+    tokens = len(model.visual.positional_embedding)  # on a CPU a batch that stays in its cache
+    batch = max(1, 2000 // tokens) if crops.device.type == "cpu" else 512
     with torch.autocast(crops.device.type, torch.bfloat16, enabled=amp):
-        features = torch.cat([class_feature(model.visual, normalise(part, CLIP_MEAN, CLIP_STD))
+        features = torch.cat([encode_crops(model.visual, normalise(part, CLIP_MEAN, CLIP_STD))
                               for part in crops.split(batch)])
     # Compared in float32: in bf16 close classes would be equal. argmax needs no unit length: it is
     # the same for every class.
@@ -548,13 +547,12 @@ def global_scores(model, image, Wq, scale=None, amp=False):
     scale: None for the image as CLIP sees it, its centre, to which the published thresholds
     belong; or, as in `recipe`, the size at which the whole image is encoded. amp: in bf16.
     """
-    view = (clip_view(image[None], model.visual.input_resolution) if scale is None else
-            resize_to_scale(image, scale)[None])
-    view = normalise(view, CLIP_MEAN, CLIP_STD)
+    whole, side = scale is not None, model.visual.input_resolution
+    view = resize_to_scale(image, scale) if whole else clip_view(image, side)
+    view = normalise(view[None], CLIP_MEAN, CLIP_STD)
     with torch.autocast(view.device.type, torch.bfloat16, enabled=amp):
-        feature = (F.normalize(class_feature(model.visual, view).float(), dim=-1) if scale is None
-                   else global_feature(model.visual, view))
-    return 100 * (feature @ Wq.T)[0]
+        feature = (global_feature if whole else encode_crops)(model.visual, view)
+    return 100 * (F.normalize(feature.float(), dim=-1) @ Wq.T)[0]
 
 
 def global_hypothesis(scores, threshold, top):
@@ -674,17 +672,13 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     p = resized_positions(visual, grid, grid)
 
     def encode(batch):
-        """Dense features, B×D×h×w, float32, of a batch of training views."""
+        view, size = (to_device(batch[key], device) for key in ("view", "size"))
         with torch.set_grad_enabled(s.tune_encoder):
-            return encode_views(visual, to_device(batch["view"], device), s,
-                                to_device(batch["size"], device))
+            return encode_views(visual, view, s.preset, s.surgery, s.sigma, s.amp, size)
 
     if s.views and len(batches):  # CLIP is frozen: what it says of a view need be asked only once
-        D = rectifier.Wq.shape[1]
-        facts = {key: getattr(s, key) for key in ("preset", "surgery", "activation")}
-        facts |= dict(sigma=s.sigma) if s.surgery == "naclip" else {}
-        views = make_views(views, s, "views", facts | dict(clip=clip_fingerprint(model)),
-                           dict(features=(np.float16, (D, grid, grid))),
+        fields = dict(features=(np.float16, (rectifier.Wq.shape[1], grid, grid)))
+        views = make_views(views, s, "views", network_facts(model, s), fields,
                            lambda batch: dict(features=encode(batch).half()))
     rectifier.train()
     # A surgery without the MLP of the encoder's last block leaves its parameters without gradient.
@@ -714,15 +708,16 @@ def train(s, data, model, rectifier, hypothesis, run, device):
 # Inference
 
 
-def encode_views(visual, views, s, sizes=None):
+def encode_views(visual, views, preset, surgery, sigma=5.0, amp=False, sizes=None):
     """Dense features, float32 B×D×h×w, not normalised, of uint8 views B×3×H×W.
 
-    visual: as `image_encoder` gives it; s: settings preset, surgery, sigma and amp (bf16); sizes:
-    B×2, (h, w) of what is not padding, or None.
+    visual, preset: as `image_encoder` has them; surgery, sigma: as in `dense_features`; amp: in
+    bf16; sizes: B×2, (h, w) of what is not padding, or None.
     """
-    images = normalise(views, *preset_statistics(s.preset), sizes)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=s.amp):
-        return dense_features(visual, images, s.surgery, s.sigma).float()
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if preset == "paper" else (CLIP_MEAN, CLIP_STD)
+    images = normalise(views, mean, std, sizes)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        return dense_features(visual, images, surgery, sigma).float()
 
 
 class RectifiedCLIP:
@@ -735,35 +730,29 @@ class RectifiedCLIP:
     def __init__(self, model, rectifier, Wr, classes, settings):
         device = model.visual.proj.device
         self.model, self.classes = model, list(classes)
-        self.settings = argparse.Namespace(**dict(sigma=5.0, amp=False) | vars(settings))
+        self.settings = argparse.Namespace(**dict(sigma=5.0) | vars(settings))
         self.visual = rectifier.visual or image_encoder(model, settings.preset)
         self.patch = model.visual.conv1.stride[0]
         self.rectifier = rectifier.to(device).eval().requires_grad_(False)
         self.Wr = Wr if Wr is None else Wr.to(device)
 
     @torch.no_grad()
-    def rectify(self, features):
-        """Mq and M (ReCLIP) or Mo (ReCLIP++), B×C×h×w, of features as `encode_views` gives them."""
-        p = resized_positions(self.visual, *features.shape[2:])
-        return self.rectifier(F.normalize(features, dim=1), p, self.Wr)
+    def encode(self, views, sizes=None, amp=False):
+        """`encode_views` with the settings of the run: float32 B×D×h×w, not normalised."""
+        s = self.settings
+        return encode_views(self.visual, views, s.preset, s.surgery, s.sigma, amp, sizes)
 
-    @torch.no_grad()
-    def features(self, images, amp=False):
-        """Z, B×D×h×w, float32, of unit length, and p, 1×width×h×w, of uint8 images B×3×H×W."""
-        s = argparse.Namespace(**vars(self.settings) | dict(amp=amp))
-        Z = F.normalize(encode_views(self.visual, images, s), dim=1)
-        return Z, resized_positions(self.visual, *Z.shape[2:])
+    def logits(self, features):
+        """Mq and M (ReCLIP) or Mo (ReCLIP++), B×C×h×w, of features as `encode` gives them."""
+        return self.rectifier(*self.inputs(features), self.Wr)
 
-    @torch.no_grad()
-    def logits(self, images, amp=False):
-        """Mq and M (ReCLIP) or Mo (ReCLIP++) of uint8 images B×3×H×W; both B×C×h×w, float32."""
-        return self.rectifier(*self.features(images, amp), self.Wr)
+    def inputs(self, features):
+        """Z, of unit length, and p, 1×width×h×w: what a Rectifier sees of features."""
+        return F.normalize(features, dim=1), resized_positions(self.visual, *features.shape[2:])
 
 
-# ================================================================================================
-# Below: what a run makes once, how CLIPs and checkpoints are opened, and the command. What keeps
-# a run alive is in run.py.
-# ================================================================================================
+# ------------------------------------------------------------------------------------------------
+# Hypotheses of a whole data set, CLIPs and checkpoints
 
 
 @torch.no_grad()
@@ -775,12 +764,11 @@ def make_hypotheses(data, model, Wq, s, folder, device):
     hypothesis, crop_ratio or scale, threshold, top, activation, amp, workers.
     """
     crops, C = s.hypothesis == "crops", len(data.classes)
-    names, scale = [len(names_of(one)) for one in data.classes], None
-    if s.hypothesis == "global-full":
-        scale = list(s.scale)
+    names = name_counts(data.classes)
+    scale = list(s.scale) if s.hypothesis == "global-full" else None
     facts = dict(hypothesis=s.hypothesis, data=data.name, images=data.fingerprint,
                  classes=data.classes, clip=clip_fingerprint(model), activation=s.activation,
-                 view=s.crop_ratio if crops else scale)
+                 heads=getattr(s, "heads", None), view=s.crop_ratio if crops else scale)
     # Blocks are the same for any number of processes, and so is the rounding in a batch.
     size = max(1, 256 // len(crop_windows(64, 64, s.crop_ratio))) if crops else 1
     blocks = [rows.tolist() for rows in torch.arange(len(data)).split(size)]
@@ -793,8 +781,7 @@ def make_hypotheses(data, model, Wq, s, folder, device):
         return dict(scores=best_name(torch.stack(cosines), names))
 
     fields = dict(scores=(np.int16 if crops else np.float32, (C,)))
-    records = ask_once(folder / "hypotheses.npy", facts, fields, data, blocks, ask,
-                       s.workers, list)
+    records = ask_once(folder / "hypotheses.npy", facts, fields, data, blocks, ask, s.workers, list)
 
     def hypothesis(indices):
         scores = torch.from_numpy(records["scores"][np.asarray(indices)]).double()
@@ -809,51 +796,6 @@ def hypotheses_folder(checkpoint, s):
     """Where the hypotheses of a checkpoint's run are: beside it, or only in its cache."""
     beside, cache = (Path(folder, "hypotheses.npy") for folder in (checkpoint.parent, s.cache))
     return cache.parent if cache.exists() and not beside.exists() else beside.parent
-
-
-# ------------------------------------------------------------------------------------------------
-# Opening CLIPs and checkpoints
-
-
-def load_clip(source, activation="quick_gelu", device="cpu", heads=None):
-    """A frozen float32 CLIP with a ViT image encoder, from a name or a file. Raises UserError.
-
-    activation: what it was trained with; heads: of its image encoder, where its sizes do not tell.
-    """
-    try:
-        with one_first():
-            model, _ = clip.load(source, device="cpu", activation=activation, heads=heads)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
-    if not hasattr(model.visual, "proj"):
-        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a "
-                        "ViT, for example ViT-B/16")
-    if model.vocab_size != 49408 or model.context_length != 77:
-        raise UserError(f"{source} has a vocabulary of {model.vocab_size} and a context of "
-                        f"{model.context_length} tokens; expected OpenAI's 49408 and 77")
-    return model.float().to(device).eval().requires_grad_(False)
-
-
-def image_encoder(model, preset, half=False):
-    """The encoder of dense features: CLIP's own, for the paper's preset with exact GELU.
-
-    half: for autocast alone, with matrices that are bf16 already; the outcome is the same, but
-    autocast would round those of a frozen encoder anew in every call.
-    """
-    if preset != "paper" and not half:
-        return model.visual
-    visual = copy.deepcopy(model.visual)
-    for module in visual.modules():
-        if preset == "paper" and isinstance(module, MLP):
-            module.gelu = nn.GELU()
-        if half and isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
-            module.bfloat16()
-    return visual
-
-
-def preset_statistics(preset):
-    """(mean, std) that dense features are computed with: ImageNet's in the paper's preset."""
-    return (IMAGENET_MEAN, IMAGENET_STD) if preset == "paper" else (CLIP_MEAN, CLIP_STD)
 
 
 def make_rectifier(model, classes, Wq, s):
@@ -915,16 +857,15 @@ def renamed(state):
 def authors_state(path):
     """The state dict of a rectification checkpoint of the authors' program, else None."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    except Exception:  # damaged or of another kind: for load_checkpoint to complain about
+        state = {key.removeprefix("module."): value for key, value in read_weights(path).items()}
+    except (ValueError, OSError, AttributeError):  # for load_checkpoint to complain about
         return None
     learned = any(key in state for key in ("pe_proj.weight", "proj_net.0.weight"))
     return state if learned and "text_encoder.prompt_token" in state else None
 
 
 def authors_method(state):
-    """(method, preset) of a file of the authors: the encoder of ReCLIP's is that of the paper."""
+    """(method, preset) of a file of the authors; ReCLIP's may be of either preset."""
     return ("reclip++", "release") if "pe_proj.weight" in state else ("reclip", "paper")
 
 
@@ -936,18 +877,16 @@ def from_authors(state, model, classes, Wq, settings):
     so a class name keeps three tokens with its end: one of three or more loses its end token.
     Raises UserError where the file is of another data set or another CLIP.
     """
-    state, (method, _) = renamed(state), authors_method(state)
+    method, state = authors_method(state)[0], renamed(state)
     rectifier = Rectifier(model, classes, Wq, *METHODS[method])
-    reference = rectifier.reference
-    reference.prompt = nn.Parameter(torch.empty_like(state["reference.prompt"]))
-    reference.suffix = clip.tokenize(classes, truncate=True)[:, 1:4].long()
+    rectifier.reference.prompt = nn.Parameter(torch.empty_like(state["reference.prompt"]))
+    rectifier.reference.suffix = clip.tokenize(classes, truncate=True)[:, 1:4].long()
     if method == "reclip":
         hidden = [len(state[f"position.{i}.weight"]) for i in (0, 3)]
-        width = model.visual.proj.shape[0]
-        rectifier.position = PositionLogits(width, len(classes), hidden)
+        rectifier.position = PositionLogits(model.visual.proj.shape[0], len(classes), hidden)
     try:
-        missing, _ = rectifier.load_state_dict(state, strict=False)
-        missing = set(missing) - {"Wq", "reference.suffix", "reference.start"}
+        missing = set(rectifier.load_state_dict(state, strict=False).missing_keys)
+        missing -= {"Wq", "reference.suffix", "reference.start"}
         if missing:
             raise RuntimeError(f"it lacks {', '.join(sorted(missing))}")
     except RuntimeError as error:
@@ -969,13 +908,12 @@ def parse_arguments(argv):
     flag = parser.add_argument
     flag("--dataset", default="shapes", help="voc, context, ade, cityscapes, stuff, stuff171, "
          "folder, or shapes, the built-in demo (default)")
-    flag("--data-root", type=user_path, help="the folder that holds the data set (README, Data "
-         "sets)")
+    flag("--data-root", type=user_path, help="its folder (README, Data sets)")
     flag("--train-split", choices=("train", "trainaug"), default="train", help="of voc")
-    flag("--classes", help='for folder: "cat, dog, sofa", or a text file with one name a line')
-    flag("--labels", type=user_path, help="for folder: labels to evaluate with; training opens "
-         "none")
-    flag("--labels-offset", type=natural, default=0, help="1 where 0 is background")
+    flag("--classes", help='for folder: "cat, dog, sofa", or a text file, one class a line, with '
+         "several names where they are separated by commas")
+    flag("--labels", type=user_path, help="for folder: ground truth, to evaluate with alone")
+    flag("--labels-offset", type=int, choices=(0, 1), default=0, help="1: 0 is background")
     flag("--download", action="store_true", help="fetch voc or ade into --data-root first")
     flag("--method", choices=("reclip++", "reclip", "maskclip"), default="reclip++")
     flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
@@ -984,8 +922,7 @@ def parse_arguments(argv):
          "data can share (default: the run's folder)")
     flag("--seed", type=seed_number, default=0)
     flag("--device", help="default: cuda, else mps, else cpu")
-    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU "
-         "that has it; worth it on a CPU that has instructions for it, too)")
+    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU)")
     flag("--workers", type=natural, help="processes that read images (default: one a core)")
     group = parser.add_argument_group("single values of the recipe (default: as published)")
     flag = group.add_argument
@@ -1008,18 +945,16 @@ def parse_arguments(argv):
     flag("--tau", type=positive, help="temperature of the contrastive loss")
     flag("--mask-temperature", type=positive, help="τ1 of the Gumbel-Softmax")
     flag("--pd", type=share, help="prompt denoising at test time: switch off classes below it")
-    flag("--views", type=natural, metavar="K", help="compute CLIP's features of K augmented views "
-         "of each image once, and train on these; 0: fresh views in every epoch")
+    flag("--views", type=natural, metavar="K", help="encode K augmented views of each image once "
+         "and train on these; 0: fresh views in every epoch")
     group = parser.add_argument_group("ablations: one part of the method changed")
     flag = group.add_argument
     flag("--bias", choices=("independent", "joint", "reference", "none"), help="how extracted: "
          "as in ReCLIP++, as in ReCLIP, as in ReCLIP without position, not at all")
     flag("--decoder", action=argparse.BooleanOptionalAction)
     flag("--add", dest="sign", action="store_const", const=1, help="add the bias, not subtract it")
-    flag("--wr-norm", choices=("matrix", "class"), help="what Wr is divided by: the norm of the "
-         "matrix, or of each class's row")
-    flag("--pooling", choices=("area", "cosine"), help="of the masked features: larger masks give "
-         "larger logits, or unit length")
+    flag("--wr-norm", choices=("matrix", "class"), help="whose norm Wr is divided by")
+    flag("--pooling", choices=("area", "cosine"), help="of masked features")
     flag("--learn-query", action="store_const", const=True, help="learn the Query's prompt too")
     flag("--tune-encoder", action="store_const", const=True, help="fine-tune CLIP's image encoder")
     return parser.parse_args(argv)
@@ -1028,9 +963,6 @@ def parse_arguments(argv):
 def settings_of(args):
     """Recipe and command line together, as a namespace of plain values. Raises UserError."""
     given = {key: value for key, value in vars(args).items() if value is not None}
-    if args.surgery is None and "L/14" in (args.clip or ""):
-        given["surgery"] = "value"
-        print("--surgery value: with larger CLIPs program's residual drowns the features (README)")
     s = argparse.Namespace(**vars(args) | recipe(**given))
     if "epochs" in given and "schedule" not in given:
         s.schedule = max(s.schedule, s.epochs)
@@ -1053,25 +985,26 @@ def settings_of(args):
 
 def check_settings(s):
     """Raises UserError for what cannot work together."""
-    if s.schedule < s.epochs:
-        raise UserError(f"--schedule is {s.schedule}; expected {s.epochs} or more")
-    if s.hypothesis.startswith("global") and s.top < 1:
-        raise UserError(f"--top is {s.top}; expected 1 or more")
-    for key, low, high in (("crop_ratio", 0.02, 1),
-                           ("threshold", 0, 1 if s.hypothesis == "crops" else 100)):
-        if not low <= getattr(s, key) <= high:
-            raise UserError(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected {low} to "
-                            f"{high}")
-    if s.views and s.tune_encoder:
-        raise UserError("--tune-encoder changes the features in every step; it needs --views 0")
-    if s.method == "maskclip" and (s.bias != "none" or s.decoder or s.learn_query or
-                                   s.tune_encoder):
-        raise UserError("--method maskclip learns nothing; for parts of the method start from "
-                        "another --method")
-    if (s.learn_query or s.tune_encoder) and s.bias == "none" and not s.decoder:
-        raise UserError("--learn-query and --tune-encoder need a bias or a decoder beside them")
-    if s.learn_query and s.pooling == "cosine":
-        raise UserError("--learn-query and --pooling cosine change two things; take one at a time")
+    most = 1 if s.hypothesis == "crops" else 100
+    for flag, value, low, high in (
+            ("--schedule", s.schedule, s.epochs, math.inf), ("--crop-ratio", s.crop_ratio, 0.02, 1),
+            ("--threshold", s.threshold, 0, most),
+            ("--top", s.top, int(s.hypothesis.startswith("global")), math.inf)):
+        if not low <= value <= high:
+            wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise UserError(f"{flag} is {value}; expected {wanted}")
+    changed = s.learn_query or s.tune_encoder
+    for wrong, message in (
+            (s.views and s.tune_encoder, "--tune-encoder changes the features in every step; it "
+             "needs --views 0"),
+            (s.method == "maskclip" and (s.bias != "none" or s.decoder or changed), "--method "
+             "maskclip learns nothing; for parts of the method start from another --method"),
+            (changed and s.bias == "none" and not s.decoder, "--learn-query and --tune-encoder "
+             "need a bias or a decoder beside them"),
+            (s.learn_query and s.pooling == "cosine", "--learn-query and --pooling cosine change "
+             "two things; take one at a time")):
+        if wrong:
+            raise UserError(message)
 
 
 @clean_exit
@@ -1087,7 +1020,10 @@ def main(argv=None):
     data = open_dataset(s.dataset, s.data_root, s.train_split, classes, s.seed, s.labels,
                         s.labels_offset)
     s.classes = data.classes
+    if s.pooling == "cosine" and max(name_counts(s.classes)) > 1:
+        raise UserError("--pooling cosine is for classes of one name each")
     model = load_clip(s.clip, s.activation, device, s.heads)
+    s.surgery = args.surgery or usual_surgery(model, s.surgery)
     if s.crop <= model.visual.conv1.stride[0]:
         raise UserError(f"--crop {s.crop} is a single patch; expected more than "
                         f"{model.visual.conv1.stride[0]}")
@@ -1115,6 +1051,8 @@ def main(argv=None):
     options = ["--device", s.device, "--workers", str(s.workers), "--clip", s.clip,
                "--amp" if s.amp else "--no-amp"]
     options += ["--data-root", str(s.data_root)] if s.data_root else []
+    options += ["--labels", str(s.labels)] if s.labels else []
+    options += ["--labels-offset", str(s.labels_offset)] if s.labels_offset else []
     evaluate.main(["--checkpoint", str(run.path), *options])
 
 

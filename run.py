@@ -1,10 +1,11 @@
-"""What keeps a run alive, of all scripts alike. No line of it changes what is learned.
+"""What keeps a run alive, of all scripts alike; what is learned is up to them.
 
 1 what a frozen network says, asked once and kept in a file, 2 a training run: its batches, its
-checkpoint, its log, and when it stops, 3 progress, folders and locks, 4 devices and processes.
+checkpoint, its log, and when it stops, 3 CLIPs, folders and locks, 4 devices and processes.
 """
 
 import contextlib
+import copy
 import datetime
 import json
 import math
@@ -22,9 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import clip
+from clip.model import MLP, Attention
 from clip.weights import read_weights
 from data import draw_seed
-from files import UserError, fingerprint, printable, read_ahead, write_text
+from files import Progress, UserError, fingerprint, printable, read_ahead, write_text
 
 try:
     import fcntl
@@ -48,6 +51,7 @@ def ask_once(path, facts, fields, items, blocks, ask, workers, collate=None):
     Raises UserError for a file of other facts or of an earlier version, and too small a disk.
     """
     name, n, starts = path.stem, sum(map(len, blocks)), np.cumsum([0, *map(len, blocks)])
+    facts = {key: value for key, value in facts.items() if value is not None}
     kind = np.dtype([(key, *field) for key, field in fields.items()] + [("checksum", np.uint32)])
     for old in path.parent.glob(f"{name}.jsonl*"):
         raise UserError(f"{old} has the format of an earlier version; delete it, and {name} will "
@@ -109,7 +113,7 @@ def check_facts(header, facts):
 
 
 def allocate(path, n, kind):
-    """Make an .npy file of n zero records whose bytes are there: a write to it cannot fail later."""
+    """Make an .npy file of n zero records whose bytes are there: no write to it can fail later."""
     size, free = n * kind.itemsize, shutil.disk_usage(path.parent).free
     if size > free:
         raise UserError(f"{path} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
@@ -263,7 +267,8 @@ class Run:
                 whole = [line for line in lines if line.endswith("\n")]
                 kept = [line for line in whole if json.loads(line)["step"] <= self.kept]
             except (ValueError, TypeError, KeyError):
-                raise UserError(f"{self.log} is damaged; delete it and repeat the command") from None
+                raise UserError(f"{self.log} is damaged; delete it, then repeat the command"
+                                ) from None
             write_text(self.log, "".join(kept))
         return batches
 
@@ -361,13 +366,12 @@ class Run:
     def save(self, step, optimizer=None, finished=False):
         """Write the checkpoint; of several processes only the first does."""
         with torch.no_grad():
-            Wr = self.learner.Wr(self.model) if hasattr(self.learner, "Wr") else None
+            Wr = self.learner.texts(self.model)[1] if hasattr(self.learner, "texts") else None
         if rank() == 0:
             save_checkpoint(self.path, self.facts | dict(
                 state=self.learner.state_dict(), Wr=Wr, step=step, finished=finished,
                 optimizer=optimizer and optimizer.state_dict()))
         self.saved, self.kept = time.monotonic(), step
-
 
 
 def save_checkpoint(path, checkpoint):
@@ -457,50 +461,64 @@ def plain(s):
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
 
 
+# ------------------------------------------------------------------------------------------------
+# 3. CLIPs, folders and locks
+
+
+def load_clip(source, activation="quick_gelu", device="cpu", heads=None):
+    """A frozen float32 CLIP with a ViT image encoder, from a name or a file. Raises UserError.
+
+    activation: what it was trained with; heads: of its image encoder, where its sizes do not tell.
+    """
+    try:
+        with one_first():
+            model, _ = clip.load(source, device="cpu", activation=activation, heads=heads)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if not hasattr(model.visual, "proj"):
+        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a "
+                        "ViT, for example ViT-B/16")
+    if model.vocab_size != 49408 or model.context_length != 77:
+        raise UserError(f"{source} has a vocabulary of {model.vocab_size} and a context of "
+                        f"{model.context_length} tokens; expected OpenAI's 49408 and 77")
+    return model.float().to(device).eval().requires_grad_(False)
+
+
 def clip_fingerprint(model):
     """A short name for a CLIP's weights, from its projections: other weights, another name."""
     return fingerprint(model.visual.proj, model.text_projection, model.positional_embedding)
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Progress, folders and locks
+def network_facts(model, s):
+    """What the features of a frozen CLIP depend on beside the images, as plain values."""
+    return dict(clip=clip_fingerprint(model), preset=s.preset, surgery=s.surgery,
+                activation=s.activation, heads=getattr(s, "heads", None),
+                sigma=s.sigma if s.surgery == "naclip" else None)
 
 
-class Progress:
-    """One line that tells how far something is and how long it will take.
+def image_encoder(model, preset, half=False):
+    """The encoder of dense features: CLIP's own, for the paper's preset with exact GELU.
 
-    Rewritten in place on a terminal, every few seconds a new line elsewhere.
+    half: for autocast alone, with matrices that are bf16 already; the outcome is the same, but
+    autocast would round those of a frozen encoder anew in every call.
     """
-
-    def __init__(self, title, total, done=0):
-        self.title, self.total, self.done, self.first = title, total, done, done
-        self.start = self.shown = time.monotonic()
-        self.live = sys.stdout.isatty()
-
-    def advance(self, n=1, text=None):
-        """n more are done; text(): what else to show, asked for only when the line is shown."""
-        self.done = min(self.total, self.done + n)  # n is a guess with several processes
-        now = time.monotonic()
-        if now - self.shown > (0.3 if self.live else 5):
-            self.shown = now
-            left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
-            said = text() if text else ""
-            print(f"{self.title} {self.done}/{self.total}{said}  {clock(left)} left",
-                  end="\x1b[K\r" if self.live else "\n", flush=True)
-
-    def close(self):
-        """Say how long it took, if there was anything to do."""
-        if self.done > self.first:
-            print(f"{self.title} {self.done}/{self.total}  {clock(time.monotonic() - self.start)}",
-                  end="\x1b[K\n" if self.live else "\n", flush=True)
+    if preset != "paper" and not half:
+        return model.visual
+    visual = copy.deepcopy(model.visual)
+    for module in visual.modules():
+        if preset == "paper" and isinstance(module, MLP):
+            module.gelu = nn.GELU()
+        if half and isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
+            module.bfloat16()
+    return visual
 
 
-def clock(seconds):
-    """Seconds as 4 s, 1:05 or 2:03:04."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    text = str(datetime.timedelta(seconds=round(seconds)))
-    return text.removeprefix("0:").removeprefix("0")
+def usual_surgery(model, surgery="program"):
+    """`surgery`, but "value" for a larger CLIP, with which "program" collapses (ClearCLIP)."""
+    if surgery != "program" or len(model.visual.proj) <= 768:
+        return surgery
+    print("--surgery value: with CLIPs larger than ViT-B program collapses (README)")
+    return "value"
 
 
 def make_folder(path):

@@ -20,7 +20,7 @@ RECTIFIED = {
     "query": "--learn-query",
     "add": "--add",
     "tune-encoder": "--tune-encoder --views 0",
-    "global": "--hypothesis global",
+    "global": "--hypothesis {whole}",
     "no-bias": "--bias none",
     "no-decoder": "--no-decoder --mask-temperature {sharp}",
     "cosine": "--pooling cosine",

@@ -28,7 +28,8 @@ from data import (Parser, UserError, clean_exit, open_dataset, path, save_pictur
 from papers import (BLOCKS, CONTRADICTIONS, DISTILLED, RECTIFIED, STAGES, SWEEPS,  # noqa: E402
                     TABLES)
 from reclip import recipe  # noqa: E402
-from run import Progress, make_folder  # noqa: E402
+from files import Progress  # noqa: E402
+from run import make_folder  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Runs
@@ -42,9 +43,10 @@ def all_runs(dataset, preset="release"):
     "–" for what is only quoted.
     """
     own, sweeps = recipe(dataset, preset), SWEEPS.get(dataset, SWEEPS["others"])
-    soft, sharp = (recipe(dataset, preset, method)["mask_temperature"]
-                   for method in ("reclip++", "reclip"))
-    runs = {run: (None, flags.format(sharp=sharp, soft=soft)) for run, flags in RECTIFIED.items()}
+    first = recipe(dataset, preset, "reclip")
+    words = dict(sharp=first["mask_temperature"], soft=own["mask_temperature"],
+                 whole=first["hypothesis"])
+    runs = {run: (None, flags.format(**words)) for run, flags in RECTIFIED.items()}
     students, tables = dict(DISTILLED), list(TABLES)
     for kind, run in STAGES.items():
         rows, theirs = [], BLOCKS if kind == "masks" else {}

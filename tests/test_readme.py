@@ -1,24 +1,33 @@
-"""README's commands: they exist, and those of the demo run as written, at a small size."""
+"""README's commands: they exist, and those of the demo run as written, at a small size.
 
+`python tests/test_readme.py` brings the line numbers in README's "Where is …?" up to date.
+"""
+
+import ast
 import re
 import shlex
 
 import pytest
 
+import benchmark
 import data
 import distill
 import evaluate
 import reclip
+import tables
 from conftest import REPOSITORY, run
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
+DETAILS = (REPOSITORY / ".github/details.md").read_text("utf-8")
 MAINS = {"data.py": data.main, "reclip.py": reclip.main, "distill.py": distill.main,
-         "evaluate.py": evaluate.main}
+         "evaluate.py": evaluate.main, "tests/tables.py": tables.main,
+         "tests/benchmark.py": benchmark.main}
+PLACE = re.compile(r"`([\w/]+\.py):(\d+) ([\w.]+)`")  # `reclip.py:123 Rectifier.bias`
 
 
 def commands():
-    """Every command in README that starts with `python SCRIPT`, as a list of words."""
-    text = re.sub(r"```python\n.*?```", "", README, flags=re.S)
+    """Every command in README and details.md that starts with `python SCRIPT`, as its words."""
+    text = re.sub(r"```python\n.*?```", "", README + DETAILS, flags=re.S)
     blocks = [line.strip() for block in re.findall(r"```\n(.*?)```", text, re.S)
               for line in block.splitlines()]
     found = [line for line in blocks + re.findall(r"`(python [^`]*)`", text.replace("\n", " "))
@@ -26,12 +35,23 @@ def commands():
     return [shlex.split(line, comments=True)[1:] for line in found]
 
 
+def known_flags(script, capsys):
+    """All --flags in the help of a script."""
+    with pytest.raises(SystemExit):
+        MAINS[script](["--help"])
+    return set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_flags_exist(words, capsys):
-    with pytest.raises(SystemExit):
-        MAINS[words[0]](["--help"])
-    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    assert {word for word in words if word.startswith("--")} <= known
+    assert {word for word in words if word.startswith("--")} <= known_flags(words[0], capsys)
+
+
+def test_flags_in_the_text_exist(capsys):
+    known = {"--nproc_per_node"}.union(*(known_flags(script, capsys) for script in MAINS))
+    text = re.sub(r"```.*?```", "", README + DETAILS, flags=re.S)
+    assert {flag for code in re.findall(r"`[^`]+`", text)
+            for flag in re.findall(r"--[a-z][\w-]*", code)} <= known
 
 
 def test_demo_commands_run(small_demo, tmp_path, monkeypatch, capsys):
@@ -39,10 +59,11 @@ def test_demo_commands_run(small_demo, tmp_path, monkeypatch, capsys):
     scale, crop, _, _, *rest = reclip.DEMO
     monkeypatch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
     monkeypatch.setitem(distill.DEMO, "epochs", 1)
-    # what needs data or weights, and --tables, which test_tables.py runs
-    outside = ("voc", "context", "folder", "--images", "FILE", "NAME", "--tables")
+    # what needs data or weights, and the programs in tests/, which have tests of their own
+    outside = ("voc", "context", "folder", "--images", "FILE", "NAME", "tests/", "runs/mine",
+               "runs/naclip")
     of_demo = [words for words in commands()
-               if not any(part in word for part in (*outside, "runs/mine") for word in words)]
+               if not any(part in word for part in outside for word in words)]
     assert len(of_demo) >= 9
     for words in of_demo:
         MAINS[words[0]](words[1:])
@@ -66,11 +87,69 @@ def test_the_ten_lines_run(clip_file, photos, tmp_path):
     assert (written == names["mask"]).float().mean() > 0.999
 
 
+# ---- Where is …? -------------------------------------------------------------------------------
+
+
+def defined_at(script):
+    """{name: line} of a file's functions, classes, methods ("Class.method") and constants."""
+    lines = {}
+
+    def add(nodes, prefix=""):
+        for node in nodes:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                lines[prefix + node.name] = node.lineno
+            if isinstance(node, ast.ClassDef):
+                add(node.body, f"{node.name}.")
+            if isinstance(node, ast.Assign):
+                lines.update((prefix + part.id, node.lineno) for part in node.targets
+                             if isinstance(part, ast.Name))
+
+    add(ast.parse((REPOSITORY / script).read_text("utf-8")).body)
+    return lines
+
+
+def with_lines(text):
+    """README's text with the present line number in every PLACE; KeyError for what is not there."""
+
+    def place(found):
+        script, _, name = found.groups()
+        return f"`{script}:{defined_at(script)[name]} {name}`"
+
+    return PLACE.sub(place, text)
+
+
+def test_places_are_where_readme_says():
+    places = PLACE.findall(README)
+    wrong = [f"{script}:{line} {name}" for script, line, name in places
+             if defined_at(script).get(name) != int(line)]
+    assert not wrong, "python tests/test_readme.py brings these up to date"
+    assert len(places) == len(re.findall(r"\.py:\d", README)) >= 40
+    section = README.split("## Where is …?\n")[1].split("\n## ")[0]
+    assert {int(n) for n in re.findall(r"^\| Eq\. (\d)", section, re.M)} == set(range(1, 10))
+
+
+def test_line_numbers_are_brought_up_to_date():
+    shifted = PLACE.sub(lambda found: f"`{found[1]}:1 {found[3]}`", README)
+    assert with_lines(shifted) == README != shifted
+
+
+# ---- The rest ----------------------------------------------------------------------------------
+
+
+def test_readme_takes_ten_minutes():
+    assert len(README) <= 18_000
+
+
 def test_what_is_referred_to_is_there():
-    for name in re.findall(r"\[[^\]]*\]\(([^)]*)\)", README):  # pictures and files
-        assert (REPOSITORY / name).stat().st_size > 1000, name
+    for folder, text in ((REPOSITORY, README), (REPOSITORY / ".github", DETAILS)):
+        for name in re.findall(r"\[[^\]]*\]\(([^)]*)\)", text):  # pictures and files
+            assert (folder / name).stat().st_size > 1000, name
     headings = {heading.lower() for heading in re.findall(r"^#+ (.*)", README, re.M)}
     for path in REPOSITORY.glob("*.py"):
         said = " ".join(re.sub(r'["\n]', " ", path.read_text("utf-8")).split())
         for section in re.findall(r"README, ([A-Z][a-z]+(?: [a-z]+)?)", said):
             assert section.lower() in headings, f"{path.name}: README, {section}"
+
+
+if __name__ == "__main__":
+    (REPOSITORY / "README.md").write_text(with_lines(README), "utf-8")

@@ -101,7 +101,7 @@ def test_pamr_of_every_stage(small_demo, trained_demo, tmp_path, photo):
     for name, result in plain.items():
         assert result == results[name]  # which has both
         refined = results[f"{name}_pamr"]
-        assert refined["pamr"] == (2, (1, 2, 4, 8)) and refined["standard"]
+        assert refined["pamr"] == (4, (1, 2, 4, 8)) and refined["standard"]
     other = run(evaluate.main, *checkpoints, "--pamr", 1, "--dilations", 3, "--out", tmp_path)
     assert other["rectified_pamr"]["pamr"] == (1, (3,))
     assert not other["rectified_pamr"]["standard"] and other["rectified"]["standard"]

@@ -140,8 +140,8 @@ def test_published_layouts_load(depth, stem, tmp_path):
                                           ("maskclip", "inherit")])
 def test_the_head_does_with_the_teachers_features_what_the_teacher_does(teachers, method, kind):
     student, teacher, views = student_of(teachers[method], "--head", kind)
-    features = reclip.encode_views(teacher.visual, views, teacher.settings)
-    expected = teacher.logits(views)[1]  # on a grid that is not CLIP's own
+    features = teacher.encode(views)
+    expected = teacher.logits(features)[1]  # on a grid that is not CLIP's own
     logits = student.eval().head(features, (48, 40))
     assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 

@@ -17,6 +17,7 @@ from clip.model import build_model
 from clip.simple_tokenizer import SimpleTokenizer
 from conftest import GOLDEN, assert_close, golden, golden_clip, run
 from data import VOID, shifted_ids
+from run import load_checkpoint
 
 
 @torch.no_grad()
@@ -257,7 +258,7 @@ def test_the_command_knows_their_files(voc_root, clip_file, tmp_path, monkeypatc
         method, "--preset", preset, "--out", "ours", "--workers", 0, "--epochs", 1, "--crop-ratio",
         1)
     theirs = {}
-    for key, value in reclip.load_checkpoint(tmp_path / "ours" / "reclip.pt")["state"].items():
+    for key, value in load_checkpoint(tmp_path / "ours" / "reclip.pt")["state"].items():
         for ours, name in (THEIRS | {"position": position}).items():
             if key.startswith(ours):
                 theirs[name + key.removeprefix(ours)] = value[None] if "prompt" in name else value

@@ -26,8 +26,10 @@ import data
 import distill
 import evaluate
 import reclip
+import tables
 from conftest import (LONG, REPOSITORY, SmallShapes, few_tables, learned, raising, results, run,
                       same, snapshot)
+from run import Run, folder_lock, load_checkpoint
 
 UNFINISHED = (".tmp", ".part", ".part0", ".done", ".lock")  # names that promise nothing
 
@@ -56,19 +58,21 @@ def pipeline(out, last=None):
             file.write((content if isinstance(content, bytes) else content.encode())[:50])
 
     data.Shapes = SmallShapes
-    reclip.Run.due = lambda run, epoch_ends: True
+    Run.due = lambda run, epoch_ends: True
     os.replace = counted(os.replace, lambda *_: None)
     Path.unlink = counted(Path.unlink, lambda *_: None)
     for name in ("write_text", "write_bytes"):
         setattr(Path, name, counted(getattr(Path, name), half_write))
     torch.save = counted(torch.save, lambda _, path: half_write(path, b"PK" * 40))
+    records = sys.modules["run"]  # written, and without their checksums
+    records.checksums = counted(records.checksums, lambda *_: None)
     with open(os.devnull, "w") as sys.stdout:
         run(reclip.main, "--out", out, "--epochs", 3, "--views", 2)
         run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
         run(evaluate.main, "--checkpoint", out / "reclip.pt", "--bias")
         if LONG:
             few_tables(pytest.MonkeyPatch())
-            run(evaluate.main, "--tables", "--out", out / "tables", "--seeds", 0)
+            run(tables.main, "--out", out / "tables", "--seeds", 0)
     if last is None:
         out.with_suffix(".count").open("w").write(str(changes))
 
@@ -76,7 +80,7 @@ def pipeline(out, last=None):
 def start(target, *arguments):
     """A process, forked from one that has imported everything and done nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data", "reclip", "distill", "evaluate", "conftest"])
+    context.set_forkserver_preload(["evaluate", "tables", "conftest"])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process
@@ -104,7 +108,7 @@ def check_whole(out):
         if path.is_dir() or path.name.endswith(UNFINISHED):
             continue
         if path.suffix == ".pt":
-            assert reclip.load_checkpoint(path)["state"]
+            assert load_checkpoint(path)["state"]
         elif path.suffix == ".json":
             json.loads(path.read_text("utf-8"))
         elif path.suffix == ".jsonl":
@@ -125,10 +129,10 @@ def result(out):
     """All that is made and does not tell the time or the place."""
     steps = [[json.loads(line)["step"] for line in (out / name).read_text().splitlines()]
              for name in ("log.jsonl", "log-distill.jsonl")]
-    tables = [(out / "tables" / name).read_bytes() for name in ("tables.json", "fig3.png") if LONG]
-    tables += [learned(path.parent, path.name) for path in sorted(out.glob("tables/*/*.pt"))]
-    return [tables, learned(out), learned(out, "distill.pt"), (out / "results.json").read_text(),
-            (out / "hypotheses.jsonl").read_text(), (out / "views.npy").read_bytes(), steps]
+    made = [(out / "tables" / name).read_bytes() for name in ("tables.json", "fig3.png") if LONG]
+    made += [learned(path.parent, path.name) for path in sorted(out.glob("tables/*/*.pt"))]
+    return [made, learned(out), learned(out, "distill.pt"), (out / "results.json").read_text(),
+            (out / "hypotheses.npy").read_bytes(), (out / "views.npy").read_bytes(), steps]
 
 
 def test_killed_in_the_middle_of_changing_a_file(whole, tmp_path):
@@ -187,7 +191,7 @@ TRAIN = (reclip.main, "--epochs", 3)
 
 
 @pytest.mark.parametrize("what, gone, size, command", [
-    ("hypotheses", ("hypotheses.jsonl", "views.npy", "reclip.pt"), 300, TRAIN),
+    ("hypotheses", ("hypotheses.npy", "views.npy", "reclip.pt"), 300, TRAIN),
     ("views", ("views.npy", "views.json", "reclip.pt"), 20_000, TRAIN),
     ("checkpoint", ("reclip.pt",), 20_000, TRAIN),
     ("log", ("reclip.pt", "log.jsonl"), 5, TRAIN),
@@ -266,25 +270,28 @@ def test_locks_are_for_folders_that_can_be_written(tmp_path, monkeypatch):
     lock = tmp_path / ".lock"
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-        with reclip.folder_lock(lock):
+        with folder_lock(lock):
             assert not lock.exists()
     unknown = raising(OSError(95, "Operation not supported"))  # as on some network file systems
     monkeypatch.setattr(fcntl, "lockf", unknown)
-    with reclip.folder_lock(lock):
+    with folder_lock(lock):
         assert lock.exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(job, trained_demo, monkeypatch, capsys):
-    main, arguments, path = job
-    step = reclip.Log.step
+STEPS = dict(reclip="rectification_loss", distill="distillation_losses")
 
-    def interrupted(self, number, *args, **kwargs):
-        step(self, number, *args, **kwargs)
-        if number == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_saves_and_the_same_command_goes_on(job, trained_demo, monkeypatch, capsys, number):
+    main, arguments, path = job
+    main_step = getattr(module := sys.modules[main.__module__], step := STEPS[main.__module__])
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        return main_step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reclip.Log, "step", interrupted)
+        patch.setattr(module, step, interrupted)
         with pytest.raises(SystemExit, match="130"):
             run(main, *arguments)
     said = capsys.readouterr().err
@@ -302,12 +309,12 @@ def test_a_loss_that_is_not_finite_stops(job, monkeypatch, mistake):
     function = "contrastive_loss" if main is reclip.main else "mask_loss"
     steps, loss = [], getattr(module, function)
 
-    def exploding(*args):
+    def exploding(*args, **kwargs):
         steps.append(1)
-        return loss(*args) * (torch.inf if len(steps) > 2 else 1)
+        return loss(*args, **kwargs) * (torch.inf if len(steps) > 2 else 1)
 
     monkeypatch.setattr(module, function, exploding)
-    monkeypatch.setattr(reclip.Run, "due", lambda run, epoch_ends: True)
+    monkeypatch.setattr(Run, "due", lambda run, epoch_ends: True)
     said = mistake(main, *arguments, "--epochs", 4)
     assert "the loss is not finite at step 3 (images train-0" in said
     assert f"{path} still has step 2" in said

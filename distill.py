@@ -12,6 +12,7 @@ teacher's features are Z (one cell a patch), the student's Ẑ (one for 8×8 pix
 """
 
 import argparse
+import copy
 import functools
 import http.client
 import json
@@ -32,8 +33,9 @@ from reclip import (PAPER, ROWS, Decoder, PositionLogits, best_name, classify, c
                     gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
                     make_hypotheses, masked_pooling, open_rectified, resized_positions)
 from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, folder_lock,
-                 leave_processes, load_checkpoint, make_folder, make_views, mean_over_processes,
-                 network_facts, one_first, parallel, pick_device, plain, to_device, use_amp, world)
+                 leave_processes, load_backbone, load_checkpoint, make_folder, make_views,
+                 mean_over_processes, network_facts, one_first, parallel, pick_device, plain,
+                 to_device, use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -152,7 +154,7 @@ def pretrained_backbone(source, student="resnet50"):
         raise UserError(f"no file {source}; --backbone is imagenet, none, or the path of a "
                         "ResNet's weights") from None
     except ValueError as error:
-        raise UserError(f"{error} (--backbone takes the weights of a ResNet)") from None
+        raise UserError(f"--backbone: {error}") from None
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         if source != "imagenet":
             raise
@@ -161,25 +163,6 @@ def pretrained_backbone(source, student="resnet50"):
     state = {key.removeprefix("backbone."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     return state, "deep" if "stem.0.weight" in state else "plain"
-
-
-def load_backbone(backbone, state, source):
-    """Put a state dict into a ResNet, running statistics included.
-
-    Raises UserError, which names `source`, unless every key and shape fits.
-    """
-    expected = backbone.state_dict()
-    # Files from before PyTorch 0.4.1 do not count the batches.
-    missing = [key for key in expected if key not in state and "num_batches" not in key]
-    left_over = [key for key in state if key not in expected]
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    problems = [f"{len(keys)} {what}, first {keys[0]}" for keys, what in (
-        (missing, "missing"), (left_over, "left over"), (wrong, "of another shape")) if keys]
-    if problems:
-        raise UserError(f"the weights in {source} are not those of this ResNet: "
-                        f"{'; '.join(problems)}; --student (resnet50, resnet101) has to agree with "
-                        "the file")
-    backbone.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -216,8 +199,8 @@ class InheritedHead(nn.Module):
 
         positions: 1×K×g×g on CLIP's own grid; size: (H, W) of the images; grid: the student's.
         The teacher's grid comes bicubically, as everywhere in ReCLIP; 1×1 convolutions commute with
-        that, so Wp may be kept instead of p. `through` is what follows on the teacher's grid, which
-        covers whole patches and so more than the image: it is cut off, not stretched.
+        that, so Wp may be kept instead of p. `through` follows on the teacher's grid, whose whole
+        patches may cover more than the image: that is cut off.
         """
         teachers = [-(-side // self.patch) for side in size]
         positions = through(F.interpolate(positions, teachers, mode="bicubic"))
@@ -260,8 +243,7 @@ def inherited_parts(teacher, kind="inherit"):
     """
     rectifier = teacher.rectifier
     if kind == "query+bias" and rectifier.kind == "none":
-        raise UserError("--head query+bias needs a teacher with a bias to subtract; this one has "
-                        "none")
+        raise UserError("--head query+bias needs a teacher with a bias to subtract")
     parts, modules = {"Wq": rectifier.Wq}, []
     side = teacher.model.visual.input_resolution // teacher.patch
     p = resized_positions(teacher.visual, side, side)  # CLIP's own grid: not resized at all
@@ -305,17 +287,9 @@ class Student(nn.Module):
         self.head.eval()
         return self
 
-    @torch.no_grad()
-    def logits(self, images, amp=False):
-        """The logits of `forward` alone, for prediction."""
-        return self(images, amp=amp)[1]
-
 
 def load_student(path, device="cpu"):
-    """A Student in eval mode, with its `settings` and `classes`, from a checkpoint of this script.
-
-    Raises UserError for a file that is none.
-    """
+    """A Student in eval mode, with `settings` and `classes`, of a checkpoint. Raises UserError."""
     checkpoint = load_checkpoint(path)
     if checkpoint["kind"] != "distill":
         raise UserError(f"{path} is not a student's checkpoint (distill.pt)")
@@ -406,10 +380,9 @@ def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None,
     """The teacher's features and labels of training views.
 
     teacher: RectifiedCLIP; views: uint8 B×3×H×W; sizes: int64 B×2, (h, w) of what is not padding.
-    pd: prompt denoising before the labels are taken, at pd_temperature. ignore_below: also ignore
-    pixels where the greatest softmax(logits / pd_temperature), upsampled, is below it.
-    Returns Z, float32 B×D×h×w, not of unit length, and labels, int64 B×H×W with VOID for padding
-    and pixels left out.
+    pd: prompt denoising of the labels, at pd_temperature. ignore_below: also ignore pixels where
+    the greatest softmax(logits / pd_temperature), upsampled, is below it. Returns Z, float32
+    B×D×h×w, not of unit length, and labels, int64 B×H×W with VOID for padding and what is ignored.
     """
     features, size = teacher.encode(views, sizes, amp), views.shape[2:]
     padded = [side * teacher.patch for side in features.shape[2:]]
@@ -421,14 +394,9 @@ def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None,
     return features, label_map(logits, padded, size, size).masked_fill(outside, VOID)
 
 
-class VoidImages:
-    """The ground truth's void pixels as white on black, in place of a SegmentationData's images."""
-
-    def __init__(self, data):
-        self.data, self.ids = data, data.ids
-
-    def image(self, index):
-        return (self.data.label(index) == VOID).to(torch.uint8).mul(255).expand(3, -1, -1)
+def void_image(data, index):
+    """The void pixels of an image's ground truth, white on black: uint8 3×H×W."""
+    return (data.label(index) == VOID).to(torch.uint8).mul(255).expand(3, -1, -1)
 
 
 class ViewsWithGroundTruthVoid(TrainingViews):
@@ -439,7 +407,9 @@ class ViewsWithGroundTruthVoid(TrainingViews):
 
     def __init__(self, data, scale, crop, ratio, distort, seed):
         super().__init__(data, scale, crop, ratio, distort, seed)
-        self.void = TrainingViews(VoidImages(data), scale, crop, ratio, False, seed)
+        void = copy.copy(data)
+        void.image = functools.partial(void_image, data)
+        self.void = TrainingViews(void, scale, crop, ratio, False, seed)
 
     def __getitem__(self, key):
         return super().__getitem__(key) | {"void": self.void[key]["view"][0] > 127}
@@ -466,8 +436,7 @@ def recipe(dataset, bias="independent", decoder=True):
     bias, decoder: the teacher's, whose labels are denoised as its logits ask for.
     """
     row = ROWS.get(dataset, dataset)
-    learns = decoder or bias != "none"
-    s = ALWAYS | dict(losses=LOSSES if learns else ("mask",))  # MaskCLIP+ has no others
+    s = ALWAYS | dict(losses=LOSSES if decoder or bias != "none" else ("mask",))  # MaskCLIP+
     s["pd"], s["pd_temperature"] = head_denoising(row, bias, decoder,
                                                   0.95 if row in ("voc", "stuff") else None)
     if row == "shapes":
@@ -510,18 +479,15 @@ def distillation_losses(logits, Z_hat, Z, labels, Wq, names, hypothesis=None, no
 def train(s, data, teacher, student, hypothesis, run, device):
     """Teach `student` what `teacher` sees in `data` (Sec. III-E).
 
-    s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
-    images are opened, unless s.use_ground_truth_void; hypothesis: as in reclip.train, the teacher's
-    own, or None for a teacher without: then the classes in its labels of a view. (A class of the
-    hypothesis that is not in a view has an empty mask, which teaches nothing.) run: the Run that
-    keeps what is learned, and from whose checkpoint training goes on.
+    s, data, run: as in reclip.train; of data only images are opened, unless
+    s.use_ground_truth_void; hypothesis: as there, the teacher's own, or None for a teacher without:
+    then the classes in its labels of a view. (A class of the hypothesis that is not in a view has
+    an empty mask, which teaches nothing.)
     """
     learned = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if s.optimizer == "sgd":
-        optimizer = torch.optim.SGD(learned, s.lr, s.momentum, weight_decay=s.weight_decay,
-                                    fused=True)
-    else:
-        optimizer = torch.optim.AdamW(learned, s.lr, weight_decay=s.weight_decay, fused=True)
+    options = dict(lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    optimizer = (torch.optim.SGD(learned, momentum=s.momentum, **options) if s.optimizer == "sgd"
+                 else torch.optim.AdamW(learned, **options))
     batches = run.start(optimizer, Batches(len(data), s.batch, s.epochs, s.student_seed))
     Views = ViewsWithGroundTruthVoid if s.use_ground_truth_void else TrainingViews
     views = Views(data, s.scale, s.crop, s.ratio, s.distort, s.student_seed)
@@ -546,8 +512,7 @@ def train(s, data, teacher, student, hypothesis, run, device):
                       Z=(np.float16, (Wq.shape[1], cells, cells)),
                       labels=(np.uint8, (s.crop, s.crop)))
         views = make_views(views, s, "views-distill", facts, fields, taught)
-    student.train()
-    network = parallel(student, device)
+    network = parallel(student.train(), device)
     with run:
         for step, batch in run.steps(read_ahead(views, batches, s.workers)):
             epoch, indices = step // batches.per_epoch, batch["index"]
@@ -582,15 +547,12 @@ def train(s, data, teacher, student, hypothesis, run, device):
 def find_teacher(path, device="cpu", source=None):
     """RectifiedCLIP of a finished checkpoint of reclip.py, and the checkpoint's path.
 
-    path: of the checkpoint or its folder, or None for the newest rectified one under runs/; source:
-    where its CLIP is, if not where it was. Raises UserError for an unfinished one, and for anything
-    else than such a file.
+    path: of the file or its folder, or None for the newest rectified one under runs/; source: where
+    its CLIP is, if not where it was. Raises UserError for an unfinished one and another file.
     """
-    found = sorted(Path("runs").glob("*/reclip.pt"), key=lambda file: -file.stat().st_mtime)
-    for file in found if path is None else ():
-        if load_checkpoint(file)["settings"]["method"] != "maskclip":
-            path = file
-            break
+    newest = sorted(Path("runs").glob("*/reclip.pt"), key=lambda file: -file.stat().st_mtime)
+    path = path or next((file for file in newest if
+                         load_checkpoint(file)["settings"]["method"] != "maskclip"), None)
     if path is None:
         raise UserError("no rectified checkpoint under runs/; run python reclip.py first, or name "
                         "a teacher with --teacher")
@@ -633,8 +595,7 @@ def parse_arguments(argv):
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 networks (default: on a GPU)")
     flag("--workers", type=natural, help="processes that read images (default: as the teacher's)")
-    group = parser.add_argument_group("single values of the recipe (default: as published)")
-    flag = group.add_argument
+    flag = parser.add_argument_group("single values of the recipe (default: as published)").add_argument
     flag("--student", choices=tuple(STUDENTS), help="MaskCLIP+'s own was resnet101")
     flag("--backbone", help="ImageNet weights: imagenet (torchvision's, downloaded), a file "
          "(torchvision's or Open-MMLab's v1c layout), or none")
@@ -722,22 +683,16 @@ def main(argv=None):
     import evaluate  # which needs this module; it sees the checkpoints only
     options = ["--device", s.device, "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"]
     options += ["--data-root", str(s.data_root)] if s.data_root else []
-    evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
-    barrier()  # the results are there
-
-    def measured():
-        """{stage: mIoU} of teacher and student, so far as evaluated in the way of the recipe."""
-        files = [folder / "results.json" for folder in (path.parent, s.out)]
-        results = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
-        return {name: r["miou"] for stages in results for name, r in stages.items()
-                if r.get("standard") and name in ("maskclip", "rectified", "distilled")}
-
-    taught = "maskclip" if t.method == "maskclip" else "rectified"
-    if "distilled" in measured() and taught not in measured():
-        options += ["--clip", args.clip] if args.clip else []
-        evaluate.main(["--checkpoint", str(path), "--out", str(s.out), *options])
-    if "distilled" in measured():  # else there are no labels to compare with
-        print("mIoU: " + "  ".join(f"{name} {miou:.2f}" for name, miou in measured().items()))
+    results = evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
+    if results:  # else there are no labels to compare with
+        kept, stage = path.with_name("results.json"), "maskclip" if t.method == "maskclip" else "rectified"
+        before = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+        if not before.get(stage, {}).get("standard"):
+            options += ["--clip", args.clip] if args.clip else []
+            before = evaluate.main(["--checkpoint", str(path), "--out", str(s.out), *options])
+        shown = {name: (before | results).get(name) for name in ("maskclip", stage, "distilled")}
+        print("mIoU: " + "  ".join(f"{name} {result['miou']:.2f}"
+                                   for name, result in shown.items() if result))
 
 
 if __name__ == "__main__":

@@ -521,6 +521,25 @@ def usual_surgery(model, surgery="program"):
     return "value"
 
 
+def load_backbone(backbone, state, source):
+    """Put a state dict into a ResNet, running statistics included.
+
+    Raises UserError, which names `source`, unless every key and shape fits.
+    """
+    expected = backbone.state_dict()
+    # Files from before PyTorch 0.4.1 do not count the batches.
+    missing = [key for key in expected if key not in state and "num_batches" not in key]
+    left_over = [key for key in state if key not in expected]
+    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    problems = [f"{len(keys)} {what}, first {keys[0]}" for keys, what in (
+        (missing, "missing"), (left_over, "left over"), (wrong, "of another shape")) if keys]
+    if problems:
+        raise UserError(f"the weights in {source} are not those of this ResNet: "
+                        f"{'; '.join(problems)}; --student (resnet50, resnet101) has to agree with "
+                        "the file")
+    backbone.load_state_dict(state)
+
+
 def make_folder(path):
     """Make a run's folder. Raises UserError where it cannot be made or written to."""
     try:

@@ -1,6 +1,8 @@
 """distill.py: student against torchvision and teacher, losses, training, and every error."""
 
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,7 +72,7 @@ def teach(teachers, tmp_path):
 
 def student_of(teacher, *options):
     """An untrained student, its teacher and four views."""
-    teacher = distill.open_teacher(teacher)
+    teacher = distill.find_teacher(teacher)[0]
     s = distill.settings_of(distill.parse_arguments(
         ["--student", "small", "--backbone", "none", *options]), teacher)
     views = torch.randint(256, (4, 3, 48, 40), generator=torch.Generator().manual_seed(0))
@@ -138,8 +140,7 @@ def test_published_layouts_load(depth, stem, tmp_path):
                                           ("maskclip", "inherit")])
 def test_the_head_does_with_the_teachers_features_what_the_teacher_does(teachers, method, kind):
     student, teacher, views = student_of(teachers[method], "--head", kind)
-    images = data.normalise(views, teacher.mean, teacher.std)
-    features = reclip.dense_features(teacher.visual, images, teacher.settings.surgery)
+    features = reclip.encode_views(teacher.visual, views, teacher.settings)
     expected = teacher.logits(views)[1]  # on a grid that is not CLIP's own
     logits = student.eval().head(features, (48, 40))
     assert_close(logits, expected, rtol=1e-4, atol=1e-5)
@@ -288,7 +289,7 @@ def test_training(teachers, teach, method, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [(), (
-    "--text-masks", "student", "--head", "learned", "--losses", "text,mask", "--pd", "0.1",
+    "--text-masks", "teacher", "--head", "learned", "--losses", "text,mask", "--pd", "0.1",
     "--ignore-below", "0.9"), ("--views", "1")])
 def test_interrupted_and_resumed_is_uninterrupted(teach, tmp_path, monkeypatch, options):
     whole = teach("whole", *options)
@@ -324,32 +325,32 @@ def test_no_label_is_opened_but_on_request(root, teach, tmp_path, monkeypatch, c
 def test_views_are_asked_about_once(teachers, teach, tmp_path, monkeypatch, capsys):
     def asked(*arguments, teach=distill.teach, calls=[]):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 2:  # a block is what one epoch has of five images
             raise KeyboardInterrupt
         return teach(*arguments)
 
     options = ("--views", 2, "--epochs", 4, "--cache", tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr(distill, "teach", asked)
-        patch.setattr(reclip, "BLOCK", 2)  # views
         with pytest.raises(SystemExit):
             teach("a", *options)
-        assert not (tmp_path / "cache" / "views-distill.npy").exists()
+        made = np.load(tmp_path / "cache" / "views-distill.npy")["checksum"] != 0
+        assert made.tolist() == [True] * 5 + [False] * 5
         expected = teach("a", *options)
     records = np.load(tmp_path / "cache" / "views-distill.npy")
-    assert records.shape == (2, 5)
-    assert records["view"].shape[2:] == (3, 48, 48) and records["labels"].dtype == np.uint8
+    assert records.shape == (2 * 5,)
+    assert records["view"].shape[1:] == (3, 48, 48) and records["labels"].dtype == np.uint8
     # They are what the teacher says of the views of the first two epochs.
     source = data.open_dataset("voc", expected["settings"]["data_root"], "train")
     views = data.TrainingViews(source, (48, 48), 48, (0.5, 2.0), True, 0)
-    teacher, s = distill.open_teacher(teachers["reclip++"]), expected["settings"]
+    teacher, s = distill.find_teacher(teachers["reclip++"])[0], expected["settings"]
     for k, i in ((0, 3), (1, 0)):
-        item = views[k, i]
+        item, record = views[k, i], records[5 * k + i]
         Z, labels = distill.teach(teacher, item["view"][None], item["size"][None], s["pd"])
-        assert np.array_equal(records["view"][k, i], item["view"])
-        assert records["size"][k, i].tolist() == item["size"].tolist()
-        assert (records["labels"][k, i] == labels[0].numpy()).mean() > 0.99
-        assert_close(torch.from_numpy(records["Z"][k, i]).float(), Z[0], rtol=2e-3, atol=2e-3)
+        assert np.array_equal(record["view"], item["view"])
+        assert record["size"].tolist() == item["size"].tolist()
+        assert (record["labels"] == labels[0].numpy()).mean() > 0.99
+        assert_close(torch.from_numpy(record["Z"]).float(), Z[0], rtol=2e-3, atol=2e-3)
     monkeypatch.setattr(distill, "teach", None)  # another run asks nothing
     assert same(expected["state"], teach("b", *options)["state"])
     with pytest.raises(SystemExit):
@@ -357,13 +358,17 @@ def test_views_are_asked_about_once(teachers, teach, tmp_path, monkeypatch, caps
     assert "views-distill.json was made with other settings" in capsys.readouterr().err
 
 
-def test_newest_teacher(teachers, tmp_path):
+def test_newest_teacher(teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="run python reclip.py first"):
-        distill.newest_teacher(tmp_path)
-    for method in ("reclip++", "maskclip"):  # the last one is not rectified
-        (tmp_path / method).mkdir()
-        (tmp_path / method / "reclip.pt").write_bytes(teachers[method].read_bytes())
-    assert distill.newest_teacher(tmp_path) == tmp_path / "reclip++" / "reclip.pt"
+        distill.find_teacher(None)
+    for n, method in enumerate(("reclip", "reclip++", "maskclip")):  # the last is not rectified
+        path = tmp_path / "runs" / method / "reclip.pt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(teachers[method].read_bytes())
+        os.utime(path, (n, n))
+    for named in (None, Path("runs/reclip++")):
+        assert distill.find_teacher(named)[1] == Path("runs/reclip++/reclip.pt")
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------
@@ -376,7 +381,7 @@ def test_wrong_teachers(teachers, tmp_path, change, message):
     if change:
         torch.save(torch.load(teachers["reclip++"], weights_only=True) | change, path)
     with pytest.raises(UserError, match=message):
-        distill.open_teacher(path)
+        distill.find_teacher(path)
 
 
 def test_what_is_no_student(teachers):
@@ -392,5 +397,5 @@ def test_failed_downloads_and_foreign_weights(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot download https://.*resnet101.*--backbone none"):
         distill.pretrained_backbone("imagenet", "resnet101")
     torch.save(torch.ones(3), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="holds no weights of a ResNet"):
+    with pytest.raises(UserError, match="not a state dict: .*takes the weights of a ResNet"):
         distill.pretrained_backbone(str(tmp_path / "weights.pth"))

@@ -14,10 +14,11 @@ from PIL import Image
 
 import data
 import evaluate
-import figures
+import maps
 import reclip
 from conftest import SmallShapes, run
 from evaluate import Segmenter, most_likely
+from run import load_checkpoint
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_pamr_of_every_stage(small_demo, trained_demo, tmp_path, photo):
     view = data.read_image(photo)[None]
     logits, padded = segment.logits(view)
     logits = F.interpolate(logits["rectified"], padded, mode="bilinear")
-    expected = reclip.pamr(view, logits, 3, (2, 5)).argmax(1)
+    expected = maps.pamr(view, logits, 3, (2, 5)).argmax(1)
     assert torch.equal(segment(view, (96, 96))["rectified_pamr"], expected)
     slid = Segmenter(trained_demo / "reclip.pt", pamr=(3, (2, 5)), slide=(96, 96))
     assert torch.equal(slid(view, (96, 96))["rectified_pamr"], expected)
@@ -142,7 +143,7 @@ def test_twice_as_many_epochs_do_not_change_a_probe(tiny_clip):
 
 def test_with_and_without_prompt_denoising(small_demo, trained_demo, tmp_path):
     """Of a recipe with PD both are kept, from the same logits."""
-    checkpoint = reclip.load_checkpoint(trained_demo / "reclip.pt")
+    checkpoint = load_checkpoint(trained_demo / "reclip.pt")
     checkpoint["settings"]["pd"] = 0.99
     torch.save(checkpoint, tmp_path / "reclip.pt")
     both = run(evaluate.main, "--checkpoint", tmp_path)
@@ -181,14 +182,14 @@ def test_parts_of_the_bias_add_up(small_demo, trained_demo, joint):
     for folder, heads in ((trained_demo, ["bias Wp·Wr", "rectified", "decoded"]),
                           (joint, ["position Mp", "rectified"])):
         segment = Segmenter(folder / "reclip.pt")
-        maps, padded = figures.bias_maps(segment, view)
-        assert list(maps) == ["Query", "Reference Z·Wr", *heads] and padded == [96, 96]
-        logits = {name: pair[0] for name, pair in maps.items()}
+        found, padded = maps.bias_maps(segment, view)
+        assert list(found) == ["Query", "Reference Z·Wr", *heads] and padded == [96, 96]
+        logits = {name: pair[0] for name, pair in found.items()}
         Mq, M = segment.network.logits(view)
         assert torch.equal(logits["Query"], Mq) and torch.equal(logits[heads[-1]], M)
         bias = logits[heads[0]] + (logits["Reference Z·Wr"] if "position Mp" in heads else 0)
         torch.testing.assert_close(logits["Query"] - bias, logits["rectified"])
-        assert all(torch.equal(*maps[name]) for name in ("Query", "rectified", heads[-1]))
+        assert all(torch.equal(*found[name]) for name in ("Query", "rectified", heads[-1]))
 
 
 # ---- The folder of predictions -----------------------------------------------------------------

@@ -595,7 +595,7 @@ def parse_arguments(argv):
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 networks (default: on a GPU)")
     flag("--workers", type=natural, help="processes that read images (default: as the teacher's)")
-    flag = parser.add_argument_group("single values of the recipe (default: as published)").add_argument
+    flag = parser.add_argument_group("values of the recipe (default: as published)").add_argument
     flag("--student", choices=tuple(STUDENTS), help="MaskCLIP+'s own was resnet101")
     flag("--backbone", help="ImageNet weights: imagenet (torchvision's, downloaded), a file "
          "(torchvision's or Open-MMLab's v1c layout), or none")
@@ -653,10 +653,10 @@ def main(argv=None):
     teacher, path = find_teacher(args.teacher, device, args.clip)
     t, s = teacher.settings, settings_of(args, teacher)
     s.teacher, s.out, s.device = path, args.out or path.parent, str(device)
-    s.cache = args.cache or s.out
-    s.amp = use_amp(args.amp, device)
-    data = open_dataset(s.dataset, s.data_root, getattr(t, "train_split", "train"),
-                        teacher.classes if s.dataset == "folder" else None, s.seed)
+    s.cache, s.amp = args.cache or s.out, use_amp(args.amp, device)
+    data = open_dataset(s.dataset, s.data_root, getattr(s, "train_split", "train"),
+                        teacher.classes if s.dataset == "folder" else None, s.seed,
+                        getattr(s, "labels", None), getattr(s, "labels_offset", 0))
     if data.classes != teacher.classes:
         raise UserError(f"{path} was made for other classes than {s.dataset}'s")
     if s.use_ground_truth_void and not data.has_labels:
@@ -666,7 +666,6 @@ def main(argv=None):
     learned = sum(value.numel() for value in student.parameters() if value.requires_grad)
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes, student of "
           f"{learned / 1e6:.1f} M parameters → {s.out}/")
-
     make_folder(s.out)
     make_folder(s.cache)
     with folder_lock(s.out / ".run.lock"):
@@ -685,7 +684,8 @@ def main(argv=None):
     options += ["--data-root", str(s.data_root)] if s.data_root else []
     results = evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
     if results:  # else there are no labels to compare with
-        kept, stage = path.with_name("results.json"), "maskclip" if t.method == "maskclip" else "rectified"
+        stage = "maskclip" if t.method == "maskclip" else "rectified"
+        kept = path.with_name("results.json")
         before = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
         if not before.get(stage, {}).get("standard"):
             options += ["--clip", args.clip] if args.clip else []

@@ -909,12 +909,12 @@ def parse_arguments(argv):
     flag("--method", choices=("reclip++", "reclip", "maskclip"), default="reclip++")
     flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
     flag("--out", type=user_path, help="the run's folder (default: runs/NAME)")
-    flag("--cache", type=user_path, help="for hypotheses and views; runs of the same data can share")
+    flag("--cache", type=user_path, help="for hypotheses and views (default: --out)")
     flag("--seed", type=seed_number, default=0)
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU)")
     flag("--workers", type=natural, help="processes that read images (default: one a core)")
-    flag = parser.add_argument_group("single values of the recipe (default: as published)").add_argument
+    flag = parser.add_argument_group("values of the recipe (default: as published)").add_argument
     flag("--clip", help="a name (ViT-B/16) or a file")
     flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu",
          help="that --clip was trained with; a state dict does not tell")

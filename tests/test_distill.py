@@ -140,8 +140,8 @@ def test_published_layouts_load(depth, stem, tmp_path):
                                           ("maskclip", "inherit")])
 def test_the_head_does_with_the_teachers_features_what_the_teacher_does(teachers, method, kind):
     student, teacher, views = student_of(teachers[method], "--head", kind)
-    features = reclip.encode_views(teacher.visual, views, teacher.settings)
-    expected = teacher.logits(views)[1]  # on a grid that is not CLIP's own
+    features = teacher.encode(views)
+    expected = teacher.logits(features)[1]  # on a grid that is not CLIP's own
     logits = student.eval().head(features, (48, 40))
     assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -283,9 +283,9 @@ def test_training(teachers, teach, method, tmp_path, monkeypatch):
     monkeypatch.setattr(reclip.clip, "load", None)
     alone = distill.load_student(tmp_path / "run" / "distill.pt")
     student.load_state_dict(state)
-    logits = alone.logits(views)
+    logits = alone(views)[1]
     assert logits.shape == (4, 20, 6, 5) and alone.classes == data.CLASSES["voc"]
-    assert torch.equal(logits, student.eval().logits(views))
+    assert torch.equal(logits, student.eval()(views)[1])
 
 
 @pytest.mark.parametrize("options", [(), (

@@ -185,7 +185,7 @@ def test_parts_of_the_bias_add_up(small_demo, trained_demo, joint):
         found, padded = maps.bias_maps(segment, view)
         assert list(found) == ["Query", "Reference Z·Wr", *heads] and padded == [96, 96]
         logits = {name: pair[0] for name, pair in found.items()}
-        Mq, M = segment.network.logits(view)
+        Mq, M = segment.network.logits(segment.network.encode(view))
         assert torch.equal(logits["Query"], Mq) and torch.equal(logits[heads[-1]], M)
         bias = logits[heads[0]] + (logits["Reference Z·Wr"] if "position Mp" in heads else 0)
         torch.testing.assert_close(logits["Query"] - bias, logits["rectified"])

@@ -186,7 +186,7 @@ class InheritedHead(nn.Module):
             self.register_buffer(name, parts.get(name))
         self.names, self.decoder, self.position = names or [1] * len(self.Wq), None, None
         C, D = len(self.names), self.Wq.shape[1]
-        if "decoder.conv.weight" in parts:
+        if any(key.startswith("decoder.") for key in parts):
             self.decoder = Decoder(D, C)
         if "position.0.weight" in parts:
             hidden = [len(parts[f"position.{i}.weight"]) for i in (0, 3)]
@@ -481,8 +481,7 @@ def train(s, data, teacher, student, hypothesis, run, device):
 
     s, data, run: as in reclip.train; of data only images are opened, unless
     s.use_ground_truth_void; hypothesis: as there, the teacher's own, or None for a teacher without:
-    then the classes in its labels of a view. (A class of the hypothesis that is not in a view has
-    an empty mask, which teaches nothing.)
+    then the classes in its labels of a view.
     """
     learned = [parameter for parameter in student.parameters() if parameter.requires_grad]
     options = dict(lr=s.lr, weight_decay=s.weight_decay, fused=True)
@@ -628,7 +627,7 @@ def settings_of(args, teacher):
         given["losses"] = [name.strip() for name in args.losses.split(",")]
     learned = sorted(teacher.rectifier.state_dict().items())
     own = ("dataset", "data_root", "method", "preset", "seed", "workers", "mask_temperature",
-           "sign", "train_split", "labels", "labels_offset", "surgery", "sigma", "activation")
+           "sign", "train_split", "labels", "labels_offset")
     inherited = {key: getattr(t, key) for key in own if hasattr(t, key)}
     inherited |= dict(patch=teacher.patch, student_seed=t.seed, ignore_below=None,
                       teacher_weights=fingerprint(*(part for pair in learned for part in pair)))

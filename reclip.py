@@ -79,11 +79,11 @@ def norm(layer, x):
 # What a token attends to in the last block: itself alone (""), or all tokens whose queries (q) or
 # keys (k) are like its own, or the sum of both; and whether residual and MLP follow.
 SURGERIES = {
-    "program": ("", True),  # MaskCLIP's and the authors' programs; all reported numbers
-    "value": ("", False),  # the text's two 1×1 convolutions and no more
-    "clearclip": ("q", False),  # Lan et al., 2024
-    "sclip": ("qk", True),  # Wang et al., 2024
-    "naclip": ("k", False),  # Hajimiri et al., 2025, which prefers near patches
+    "program": dict(alike="", rest=True),  # MaskCLIP's and the authors' programs; their numbers
+    "value": dict(alike="", rest=False),  # the text's two 1×1 convolutions and no more
+    "clearclip": dict(alike="q", rest=False),  # Lan et al., 2024
+    "sclip": dict(alike="qk", rest=True),  # Wang et al., 2024
+    "naclip": dict(alike="k", rest=False),  # Hajimiri et al., 2025, which prefers near patches
 }
 
 
@@ -104,8 +104,8 @@ def last_block(visual, x, grid, surgery="program", sigma=5.0):
     x: all tokens, the class token first, which the others may attend to and which is then dropped.
     grid: (h, w); surgery, sigma: as in `dense_features`.
     """
-    block, (alike, rest) = visual.transformer.resblocks[-1], SURGERIES[surgery]
-    attn, width, patches = block.attn, x.shape[-1], x[:, 1:]
+    block, patches = visual.transformer.resblocks[-1], x[:, 1:]
+    attn, width, alike = block.attn, x.shape[-1], SURGERIES[surgery]["alike"]
     if alike:
         q, k, v = attn.project(norm(block.ln_1, x))
         near = neighbourhood(*grid, sigma, q) if surgery == "naclip" else None
@@ -116,7 +116,7 @@ def last_block(visual, x, grid, surgery="program", sigma=5.0):
         weight, bias = attn.in_proj_weight[2 * width:], attn.in_proj_bias[2 * width:]
         y = F.linear(norm(block.ln_1, patches), weight, bias)
     y = attn.out_proj(y)
-    if rest:
+    if SURGERIES[surgery]["rest"]:
         y = y + patches
         y = y + block.mlp(norm(block.ln_2, y))
     return visual.ln_post(y)
@@ -439,7 +439,7 @@ def masked_pooling(masks, features):
 
     Divided by n and not by the mask's area, as in the authors' program: a larger mask gives larger
     logits, and without that signal training collapses. Pooling is linear, so pooling Mq instead of
-    Z gives the similarities Z_g·Wqᵀ at C/D of the cost.
+    Z gives the similarities Z_g·Wqᵀ at C/D of the cost (where each class has one name).
     """
     return torch.einsum("bchw,bkhw->bck", masks, features) / masks[0, 0].numel()
 
@@ -541,7 +541,7 @@ def global_scores(model, image, Wq, scale=None, amp=False):
     """
     whole, side = scale is not None, model.visual.input_resolution
     view = resize_to_scale(image, scale) if whole else clip_view(image, side)
-    view = normalise(view[None], CLIP_MEAN, CLIP_STD)
+    view = normalise(view[None].to(Wq.device), CLIP_MEAN, CLIP_STD)
     with torch.autocast(view.device.type, torch.bfloat16, enabled=amp):
         feature = (global_feature if whole else encode_crops)(model.visual, view)
     return 100 * (F.normalize(feature.float(), dim=-1) @ Wq.T)[0]
@@ -567,7 +567,7 @@ ALWAYS = dict(
     views=0,  # fresh augmentation in every epoch
     wr_norm="matrix", pooling="area", learn_query=False, tune_encoder=False,  # ablations
 )
-RELEASE = {  # the authors' settings of July 2025
+RELEASE = {  # the authors' settings of July 2025; training stops after `epochs` of the schedule
     #             scale       crop  schedule  epochs  batch  lr    PD
     "voc":        ((2048, 336), 336, 200,  50,  1, 0.01, 1.0),
     "context":    ((2048, 448), 480, 400,  50,  1, 0.01, 0.85),
@@ -626,7 +626,7 @@ def head_denoising(dataset, bias, decoder, pd):
         return pd, 0.1
     if bias == "none" or dataset == "shapes":
         return None, 0.01
-    return {"context": 0.6}.get(dataset, 0.5), 0.01
+    return {"context": 0.6}.get(dataset, 0.5), 0.01  # the authors' settings of ReCLIP
 
 
 # ------------------------------------------------------------------------------------------------
@@ -674,7 +674,8 @@ def train(s, data, model, rectifier, hypothesis, run, device):
         views = make_views(views, s, "views", network_facts(model, s), fields,
                            lambda batch: dict(features=encode(batch).half()))
     # A surgery without the MLP of the encoder's last block leaves its parameters without gradient.
-    network = parallel(rectifier.train(), device, s.tune_encoder and not SURGERIES[s.surgery][1])
+    idle = s.tune_encoder and not SURGERIES[s.surgery]["rest"]
+    network = parallel(rectifier.train(), device, idle)
     with run:
         for step, batch in run.steps(read_ahead(views, batches, s.workers)):
             epoch = step // batches.per_epoch
@@ -766,8 +767,8 @@ def make_hypotheses(data, model, Wq, s, folder, device):
     blocks = [rows.tolist() for rows in torch.arange(len(data)).split(size)]
 
     def ask(images):
-        images = [to_device(image, device) for image in images]
         if crops:
+            images = [to_device(image, device) for image in images]
             return dict(scores=crop_votes(model, images, Wq, s.crop_ratio, s.amp, names=names))
         cosines = [global_scores(model, image, Wq, scale, s.amp) for image in images]
         return dict(scores=best_name(torch.stack(cosines), names))
@@ -817,7 +818,7 @@ def open_rectified(path, device="cpu", source=None):
         rectifier = make_rectifier(model, classes, state["Wq"], s)
         rectifier.load_state_dict(state)
         if Wr is not None and Wr.shape != (len(classes), state["Wq"].shape[1]):
-            raise ValueError(f"Wr is {tuple(Wr.shape)}, not {tuple(state['Wq'].shape)}")
+            raise ValueError(f"Wr is {tuple(Wr.shape)}, for {len(classes)} classes")
         return RectifiedCLIP(model, rectifier, Wr, classes, s)
 
 

@@ -428,6 +428,7 @@ def checkpoint_in(path, *names):
 # their fingerprints.
 MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "download", "clip", "teacher",
            "labels", "labels_offset"}
+ADDED = dict(sigma=5.0, heads=None, train_split="train")  # what older checkpoints do not say
 
 
 def check_same_run(checkpoint, facts, path):
@@ -438,9 +439,8 @@ def check_same_run(checkpoint, facts, path):
 
     same("classes", "other classes")
     same("clip", "another CLIP")
-    # A setting that did not exist when the checkpoint was made was at its default.
-    old, new = ({key: settings[key] for key in checkpoint["settings"].keys() - MACHINE
-                 if key in settings} for settings in (checkpoint["settings"], facts["settings"]))
+    old, new = ({key: value for key, value in (ADDED | settings).items() if key not in MACHINE}
+                for settings in (checkpoint["settings"], facts["settings"]))
     if old != new:
         raise UserError(f"{path} {unlike(old, new)}; repeat them, delete the folder, or choose "
                         "another one with --out")

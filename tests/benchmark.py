@@ -30,12 +30,14 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import distill  # noqa: E402
+import maps  # noqa: E402
 import reclip  # noqa: E402
 from clip.model import CLIP, MLP  # noqa: E402
 from conftest import REAL, plain_text_features, random_clip  # noqa: E402
 from data import (CLASSES, CLIP_MEAN, CLIP_STD, draw_seed, normalise,  # noqa: E402
                   open_dataset, palette, read_image, save_picture)
 from evaluate import Segmenter, evaluate, with_legend  # noqa: E402
+from files import clock  # noqa: E402
 from reclip import Rectifier, classify, contrastive_loss, dense_features  # noqa: E402
 
 PHOTO = sorted((REAL / "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))[0]
@@ -480,7 +482,7 @@ def maps(device, args):
         extent = logits, (512, 688), (510, 680), size
         chunk = max(1, min(32, 2**26 // (size[0] * size[1])))
         compare(f"label map, {megapixels} megapixels, {C} classes",
-                lambda: reclip.label_map(*extent, chunk), lambda: reclip.label_map(*extent),
+                lambda: maps.label_map(*extent, chunk), lambda: maps.label_map(*extent),
                 args, agree, 3 if megapixels < 1 else 1)
 
 
@@ -669,7 +671,7 @@ def main(argv=None):
           f"{'a tiny CLIP' if args.quick else 'ViT-B/16'}, random weights", flush=True)
     if args.rectify:
         seconds = whole_rectification(vit_b16(args.quick), device, args.quick)
-        print(f"rectification of VOC's size, all of it: {reclip.clock(seconds)}")
+        print(f"rectification of VOC's size, all of it: {clock(seconds)}")
         return
     # First of all: a process hands its own peak of memory on to those that it starts.
     for name in [name for name in PROCESSES if name in args.stages]:

@@ -142,8 +142,8 @@ def test_sliding_windows_average_what_covers_a_pixel(checkpoint):
     for stage, name in enumerate(segment.names):
         total, count = torch.zeros(1, 10, 64, 100), torch.zeros(64, 100)
         for top, left in windows:
-            part = segment.network.encode(images[:, :, top : top + 48, left : left + 48])
-            part = segment.network.logits(part)[stage]
+            part = images[:, :, top : top + 48, left : left + 48]
+            part = segment.network.logits(segment.network.encode(part))[stage]
             part = F.interpolate(part, (48, 48), mode="bilinear")
             total[:, :, top : top + 48, left : left + 48] += part
             count[top : top + 48, left : left + 48] += 1

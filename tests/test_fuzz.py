@@ -4,9 +4,9 @@ Every kind has a fixed list of damages: cut short, bits flipped, blocks swapped 
 the first few of each; RECLIP_LONG=1 runs them all.
 """
 
+import argparse
 import functools
 import gzip
-import json
 import random
 import resource
 import shutil
@@ -22,8 +22,9 @@ import data
 import distill
 import evaluate
 import reclip
-from conftest import LONG, mat_file, random_clip
+from conftest import LONG, mat_file, random_clip, save_clip
 from data import UserError
+from run import Batches, Run, open_records, wrong_blocks
 
 COUNT = 60 if LONG else 6  # damages of each file
 LONGEST, LARGEST = 20, 1 << 20  # seconds for one of them; KiB that memory may grow by
@@ -57,13 +58,12 @@ def picture(path, label=False, **options):
     image.save(path, **options)
 
 
-def save_clip(path, **options):
-    model = random_clip(vocab_size=300, transformer_width=32, vision_width=32)
-    torch.save(model.state_dict(), path, **options)
+def make_clip(path, **options):
+    save_clip(random_clip(vocab_size=300, transformer_width=32, vision_width=64), path, **options)
 
 
-def save_zipped_clip(path):
-    save_clip(path)
+def make_zipped_clip(path):
+    make_clip(path)
     path.write_bytes(gzip.compress(path.read_bytes()))
 
 
@@ -81,10 +81,16 @@ def read_checkpoint(path):
     reclip.authors_state(path)
 
 
-def read_hypotheses(path):
-    header = json.loads((path.with_name("sound")).read_text().split("\n")[0])
-    known = reclip.read_scores(path, header)
-    torch.tensor([row for row in known.values()], dtype=torch.float64)
+def read_records(path, n, fields):
+    """Whatever a record holds, those without a right checksum are told."""
+    kind = np.dtype([*fields, ("checksum", np.uint32)])
+    wrong_blocks(open_records(path, n, kind), np.arange(n + 1))
+
+
+def read_log(path):
+    s, images = argparse.Namespace(), argparse.Namespace(ids=[], fingerprint="", classes=[])
+    training = Run(path.with_name("none.pt"), s, images, random_clip())
+    training.start(None, Batches(3, 1, 1, 0))
 
 
 def load_clip(path):
@@ -97,9 +103,9 @@ KINDS = {  # kind: who writes a sound file (None: it is one of a trained run) an
     "label.png": (functools.partial(picture, label=True), data.read_label),
     "mat": (save_matrix, data.read_mat_v5),
     "mat-plain": (functools.partial(save_matrix, compressed=False), data.read_mat_v5),
-    "clip.pt": (save_clip, load_clip),
-    "legacy.pt": (functools.partial(save_clip, _use_new_zipfile_serialization=False), load_clip),
-    "clip.pt.gz": (save_zipped_clip, load_clip),
+    "clip.pt": (make_clip, load_clip),
+    "legacy.pt": (functools.partial(make_clip, _use_new_zipfile_serialization=False), load_clip),
+    "clip.pt.gz": (make_zipped_clip, load_clip),
     "script.pt": (lambda path: torch.jit.script(torch.nn.Linear(3, 3)).save(str(path)), load_clip),
     "backbone.pth": (
         lambda path: torch.save({"state_dict": {"conv1.weight": torch.ones(64, 3, 7, 7)}}, path),
@@ -109,8 +115,9 @@ KINDS = {  # kind: who writes a sound file (None: it is one of a trained run) an
         lambda path: data.parse_classes(str(path))),
     "reclip.pt": (None, read_checkpoint),
     "distill.pt": (None, distill.load_student),
-    "hypotheses.jsonl": (None, read_hypotheses),
-    "log.jsonl": (None, lambda path: reclip.Log(path, "rectify", 10)),
+    "hypotheses.npy": (None, functools.partial(read_records, n=24, fields=[
+        ("scores", np.int16, (10,))])),
+    "log.jsonl": (None, read_log),
     "results.json": (
         None, lambda path: evaluate.save_results(path, {"maskclip": {"miou": 5.0, "iou": {}}})),
 }

@@ -17,6 +17,7 @@ from clip.model import build_model
 from clip.simple_tokenizer import SimpleTokenizer
 from conftest import GOLDEN, assert_close, golden, golden_clip, run
 from data import VOID, shifted_ids
+from run import load_checkpoint
 
 
 @torch.no_grad()
@@ -220,8 +221,11 @@ def test_files_give_the_golden_logits(tmp_path, name, method, preset, expected):
     assert_close(logits, recorded[expected])
     # The encoder is the preset's: exact GELU and ImageNet's statistics for ReCLIP's files.
     exact = isinstance(network.visual.transformer.resblocks[0].mlp.gelu, nn.GELU)
-    mean, _ = reclip.preset_statistics(network.settings.preset)
-    assert exact == (preset == "paper") == (mean == data.IMAGENET_MEAN)
+    assert exact == (preset == "paper")
+    views = torch.arange(3 * 32 * 40).reshape(1, 3, 32, 40).to(torch.uint8)
+    own = ((data.IMAGENET_MEAN, data.IMAGENET_STD) if exact else (data.CLIP_MEAN, data.CLIP_STD))
+    expected = reclip.dense_features(network.visual, data.normalise(views, *own))
+    assert torch.equal(network.encode(views), expected)
 
 
 def test_a_file_of_other_classes_or_another_clip(tmp_path):
@@ -254,7 +258,7 @@ def test_the_command_knows_their_files(voc_root, clip_file, tmp_path, monkeypatc
         method, "--preset", preset, "--out", "ours", "--workers", 0, "--epochs", 1, "--crop-ratio",
         1)
     theirs = {}
-    for key, value in reclip.load_checkpoint(tmp_path / "ours" / "reclip.pt")["state"].items():
+    for key, value in load_checkpoint(tmp_path / "ours" / "reclip.pt")["state"].items():
         for ours, name in (THEIRS | {"position": position}).items():
             if key.startswith(ours):
                 theirs[name + key.removeprefix(ours)] = value[None] if "prompt" in name else value

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import maps
 import reclip
-from conftest import plain_text_features, random_clip
-from test_golden import assert_close, golden
+from conftest import assert_close, golden, plain_text_features, random_clip
 
 # ---- Last blocks ---------------------------------------------------------------------------------
 
@@ -55,17 +55,17 @@ def test_pamr():
     for steps, dilations, expected in (
             (recorded["steps"], recorded["dilations"], recorded["result"]),
             (1, (1, 2), recorded["one"])):
-        result = reclip.pamr(image, logits, steps, dilations)
+        result = maps.pamr(image, logits, steps, dilations)
         assert_close(result, expected, 1e-6)
     # a unit of the image changes nothing, nor do other classes and images in the same call
-    assert_close(reclip.pamr(255 * image, logits, 1, (1, 2)), expected, 1e-5)
-    many = reclip.pamr(image[:1], logits[:1].repeat(1, 200, 1, 1), 1, (1, 2))
+    assert_close(maps.pamr(255 * image, logits, 1, (1, 2)), expected, 1e-5)
+    many = maps.pamr(image[:1], logits[:1].repeat(1, 200, 1, 1), 1, (1, 2))
     assert_close(many, expected[:1].repeat(1, 200, 1, 1), 1e-6)
 
 
 def test_pamr_of_a_flat_image_and_of_one_smaller_than_its_dilation():
     logits = torch.randn(1, 3, 2, 3, generator=torch.Generator().manual_seed(0))
-    result = reclip.pamr(torch.full((1, 3, 5, 7), 128, dtype=torch.uint8), logits, 3, (1, 24))
+    result = maps.pamr(torch.full((1, 3, 5, 7), 128, dtype=torch.uint8), logits, 3, (1, 24))
     assert result.shape == (1, 3, 5, 7) and result.isfinite().all()
     assert result.max() <= logits.max() and result.min() >= logits.min()
 
@@ -94,8 +94,8 @@ def fields(kind, C, h, w, B=2):
 def test_large_label_maps_are_the_plain_ones_but_for_ties(kind, C, grid, patch, view, size):
     logits = fields(kind, C, *grid)
     padded = tuple(side * patch for side in grid)
-    plain = reclip.label_map(logits, padded, view, size, chunk=8)
-    labels = reclip.label_map(logits, padded, view, size)
+    plain = maps.label_map(logits, padded, view, size, chunk=8)
+    labels = maps.label_map(logits, padded, view, size)
     assert labels.shape == (2, *size) and labels.dtype == torch.int64
     different = labels != plain
     assert different.float().mean() <= 1e-5
@@ -110,12 +110,12 @@ def test_large_label_maps_with_classes_switched_off_and_equal_ones():
     logits = fields("smooth", 12, 21, 21)
     logits[:, 3:7] = -100
     logits[:, 9] = logits[:, 1]
-    plain = reclip.label_map(logits, (336, 336), (336, 336), (500, 500), chunk=12)
-    labels = reclip.label_map(logits, (336, 336), (336, 336), (500, 500))
+    plain = maps.label_map(logits, (336, 336), (336, 336), (500, 500), chunk=12)
+    labels = maps.label_map(logits, (336, 336), (336, 336), (500, 500))
     assert (labels != plain).sum() <= 2
     assert not torch.isin(labels, torch.tensor([3, 4, 5, 6, 9])).any()
     logits[:, :, 5, 5] = float("nan")  # as before: no error
-    reclip.label_map(logits, (336, 336), (336, 336), (500, 500))
+    maps.label_map(logits, (336, 336), (336, 336), (500, 500))
 
 
 # ---- Many classes --------------------------------------------------------------------------------

@@ -358,7 +358,7 @@ def test_crop_votes_one_at_a_time(tiny_clip):
 
 def test_votes_of_bf16_features_are_compared_in_float32(monkeypatch):
     visual = argparse.Namespace(input_resolution=8, positional_embedding=torch.zeros(2, 2))
-    monkeypatch.setattr(reclip, "class_feature",
+    monkeypatch.setattr(reclip, "encode_crops",
                         lambda visual, crops: torch.ones(len(crops), 2) @ torch.eye(2))
     Wq = torch.tensor([[1.0, 0.0], [1.001, 0.0], [0.5, 0.5]])  # in bf16 the first two are equal
     image = torch.zeros(3, 9, 9, dtype=torch.uint8)

@@ -14,26 +14,14 @@ import distill
 import evaluate
 import reclip
 import tables
-from conftest import TABLES, run
+from conftest import TABLES, few_tables, run
+from run import load_checkpoint
 from tables import all_runs, collect, command, direction, markdown
 
 
 @pytest.fixture
 def few(monkeypatch, small_demo):
-    """Few rows, steps and runs of Fig. 3."""
-    scale, crop, _, _, *rest = reclip.DEMO
-    monkeypatch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
-    monkeypatch.setitem(distill.DEMO, "epochs", 1)
-    probe = lambda *args: evaluate_probe(*args[:3], 2)
-    evaluate_probe = evaluate.linear_probe
-    monkeypatch.setattr(evaluate, "linear_probe", probe)
-    monkeypatch.setattr(tables, "TABLES", TABLES)
-    for name, kept in ("RECTIFIED", ("maskclip", "reclip++", "global")), ("DISTILLED",
-                                                                          ("reclip++-mask",)):
-        values = getattr(tables, name)
-        monkeypatch.setattr(tables, name, {key: values[key] for key in kept})
-    monkeypatch.setattr(tables, "STAGES", {})
-    monkeypatch.setitem(tables.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
+    few_tables(monkeypatch)
 
 
 def options(out, *seeds, **others):
@@ -171,7 +159,7 @@ def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo
         assert rectified() == maskclip() == {}, words
     run(evaluate.main, *checkpoint)
     assert rectified()["miou"] == usual["rectified"]["miou"]
-    unfinished = reclip.load_checkpoint(trained_demo / "reclip.pt") | {"finished": False}
+    unfinished = load_checkpoint(trained_demo / "reclip.pt") | {"finished": False}
     torch.save(unfinished, tmp_path / "half.pt")
     run(evaluate.main, "--checkpoint", tmp_path / "half.pt")
     assert rectified() == {}
@@ -223,6 +211,7 @@ def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, cap
     assert all(-1 <= v <= 1 for v in both[1]["rows"][0]["values"])
     assert "Table X" in (tmp_path / "tables.md").read_text("utf-8")
     assert Image.open(tmp_path / "fig3.png").size[1] == 400
+    assert len(list(tmp_path.glob("cache-*"))) == 8  # none, crops 1/2 and 1, global; two seeds
     # A run of other settings is not taken for this one, nor overwritten.
     monkeypatch.setitem(tables.RECTIFIED, "global", "--hypothesis global --lr 0.02")
     capsys.readouterr()

@@ -28,7 +28,7 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, TrainingViews, draw_seed, name_co
                   open_dataset, padding)
 from files import (VOID, Parser, UserError, clean_exit, count, fingerprint, natural,
                    path as user_path, positive, read_ahead, seed as seed_number, share)
-from maps import label_map, prompt_denoising, sampling_matrix, to_cells, upsample
+from maps import label_map, prompt_denoising, resample, to_cells, upsample
 from reclip import (PAPER, ROWS, Decoder, PositionLogits, best_name, classify, contrastive_loss,
                     gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
                     make_hypotheses, masked_pooling, open_rectified, resized_positions)
@@ -204,9 +204,7 @@ class InheritedHead(nn.Module):
         """
         teachers = [-(-side // self.patch) for side in size]
         positions = through(F.interpolate(positions, teachers, mode="bicubic"))
-        rows, columns = (sampling_matrix(n, self.patch, side, m, positions.device)
-                         for n, side, m in zip(teachers, size, grid))
-        return rows @ positions @ columns.T
+        return resample(positions, self.patch, size, grid)
 
     def forward(self, Z_hat, size):
         """Logits B×C×h×w of features B×D×h×w, of any length, of images of size (H, W)."""
@@ -391,7 +389,8 @@ def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None,
     if ignore_below is not None:
         confidence = (logits / pd_temperature).softmax(1).amax(1)
         outside |= upsample(confidence, padded)[:, : size[0], : size[1]] < ignore_below
-    return features, label_map(logits, padded, size, size).masked_fill(outside, VOID)
+    labels = label_map(logits, padded, size, size).masked_fill(outside, VOID)
+    return resample(features, teacher.patch, size, features.shape[2:]), labels
 
 
 def void_image(data, index):
@@ -459,8 +458,7 @@ def distillation_losses(logits, Z_hat, Z, labels, Wq, names, hypothesis=None, no
     the teacher's (--text-masks); losses: which; share: of a global batch, relative to the mean.
     """
     found, valid = {}, labels != VOID
-    # DistributedDataParallel takes the mean of the processes' gradients: with the mean of their
-    # counts as the divisor, that is the gradient of the mean over all pixels.
+    # Divided by the processes' mean count, DDP's mean gradient is that of the mean of all pixels.
     pixels = mean_over_processes(valid.sum().float()).clamp(min=1)
     if "mask" in losses:
         found["mask"] = mask_loss(logits, labels, pixels)
@@ -603,7 +601,7 @@ def parse_arguments(argv):
     flag("--text-masks", choices=("student", "teacher"), default="student", help="of the text "
          "loss: the student's, as in the papers, or the teacher's, as in the authors' program")
     flag("--ignore-below", type=share, metavar="P", help="leave out pixels where the teacher's "
-         "greatest softmax(10·logits) is less (0: none)")
+         "greatest softmax of the logits is less (0: none)")
     flag("--use-ground-truth-void", action="store_true", help="NOT unsupervised: open the training "
          "labels and leave out what they call void or background, as the authors' program does")
     flag("--pd", type=share, help="prompt denoising of the teacher (0: none)")
@@ -685,7 +683,10 @@ def main(argv=None):
     if results:  # else there are no labels to compare with
         stage = "maskclip" if t.method == "maskclip" else "rectified"
         kept = path.with_name("results.json")
-        before = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+        try:
+            before = dict(json.loads(kept.read_text("utf-8")))
+        except (ValueError, TypeError, OSError):  # not evaluated yet, or damaged
+            before = {}
         if not before.get(stage, {}).get("standard"):
             options += ["--clip", args.clip] if args.clip else []
             before = evaluate.main(["--checkpoint", str(path), "--out", str(s.out), *options])

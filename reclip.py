@@ -357,6 +357,8 @@ class Rectifier(nn.Module):
         C, D, width = len(classes), Wq.shape[1], model.visual.proj.shape[0]
         self.kind, self.sign, self.wr_norm = bias, sign, wr_norm
         self.names = name_counts(classes)
+        if len(Wq) != sum(self.names):
+            raise ValueError(f"{len(Wq)} rows of Wq for {sum(self.names)} names")
         self.register_buffer("Wq", Wq.clone())
         if bias != "none":
             self.reference = Reference(model, classes)
@@ -499,10 +501,7 @@ def clip_view(images, side):
 
 
 def encode_crops(visual, images):
-    """CLIP's own image feature, `encode_image` up to rounding: B×3×R×R, normalised → B×D.
-
-    R: the resolution of `visual`, a clip VisionTransformer.
-    """
+    """CLIP's own image feature, up to rounding: B×3×R×R, normalised → B×D; R its resolution."""
     x = visual.conv1(images).flatten(2).mT
     first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
     x = torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype)
@@ -653,8 +652,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     """Learn the bias of CLIP on `data` (Sec. IV-A).
 
     s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
-    images are opened; hypothesis: a function, indices of B images → bool B×C; run: the Run that
-    keeps what is learned, and from whose checkpoint training goes on.
+    images are opened; hypothesis: a function, indices of B images → bool B×C; run: the Run to go on.
     """
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay, fused=True)
@@ -759,6 +757,8 @@ def make_hypotheses(data, model, Wq, s, folder, device):
     crops, C = s.hypothesis == "crops", len(data.classes)
     names = name_counts(data.classes)
     scale = list(s.scale) if s.hypothesis == "global-full" else None
+    if s.learn_query:  # hypotheses are the fixed Query's
+        Wq = query_features(model, data.classes)
     facts = dict(hypothesis=s.hypothesis, data=data.name, images=data.fingerprint,
                  classes=data.classes, clip=clip_fingerprint(model), activation=s.activation,
                  heads=getattr(s, "heads", None), view=s.crop_ratio if crops else scale)

@@ -227,7 +227,7 @@ class Run:
     In the checkpoint beside the learned parameters: `optimizer` and `step` to go on from, Wr to
     predict without the text encoder, the settings, and what tells whether another CLIP, other
     classes or other images are used with it. Within `with run:` Ctrl-C (and SIGTERM, SIGHUP) ends
-    training after the step that is under way; pressed twice, at once.
+    training after the step that is under way (of several processes, ten steps); twice, at once.
     Raises UserError where the folder holds the checkpoint of other settings.
     """
 
@@ -258,19 +258,17 @@ class Run:
         self.batches, batches.first = batches, self.kept
         self.progress = Progress(self.title, batches.total, self.kept)
         self.bad, self.shown = None, ""
-        self.begin_line()
-        # A run that was interrupted after its last checkpoint repeats those steps, and their lines.
-        # A line without its end was being written when the run was stopped.
-        if rank() == 0:
-            try:
-                lines = self.log.read_text("utf-8").splitlines(True) if self.log.exists() else []
-                whole = [line for line in lines if line.endswith("\n")]
-                kept = [line for line in whole if json.loads(line)["step"] <= self.kept]
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"{self.log} is damaged; delete it, then repeat the command"
-                                ) from None
-            write_text(self.log, "".join(kept))
         return batches
+
+    def trim_log(self):
+        """Steps after the last checkpoint are repeated, and so are their lines in the log."""
+        try:
+            lines = self.log.read_text("utf-8").splitlines(True) if self.log.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]  # the last may be cut short
+            kept = [line for line in whole if json.loads(line)["step"] <= self.kept]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{self.log} is damaged; delete it and repeat the command") from None
+        write_text(self.log, "".join(kept))
 
     def begin_line(self):
         """Nothing is added up yet for the next line of the log."""
@@ -282,7 +280,8 @@ class Run:
             self.stopping = True
             self.__exit__()
 
-        self.handlers = {number: signal.signal(number, stop) for number in STOP}
+        heeded = [number for number in STOP if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+        self.handlers = {number: signal.signal(number, stop) for number in heeded}
 
     def __exit__(self, *exception):
         for number, handler in self.handlers.items():
@@ -290,6 +289,9 @@ class Run:
 
     def steps(self, loader):
         """(step, batch) of all steps that are left, counting the seconds spent waiting for data."""
+        if rank() == 0:
+            self.trim_log()
+        self.begin_line()
         batches = iter(loader)
         for step in range(self.kept, self.batches.total):
             start = time.monotonic()
@@ -401,7 +403,7 @@ def as_checkpoint(path):
     """What goes wrong inside is a UserError: there are many ways to be damaged or foreign."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}") from None
@@ -599,7 +601,7 @@ def pick_device(name=None):
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:80]}; "
                         "without --device the best one that is there is taken") from None
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: what needs exact float32 is on the CPU
+        torch.set_float32_matmul_precision("high")  # TF32, still finer than the bf16 of --amp
         torch.backends.cudnn.benchmark = True
     return device
 
@@ -616,14 +618,10 @@ def use_amp(given, device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def under_torchrun():
-    """Whether torchrun has started this process, or something else that tells it as much."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
-
 def join_processes(device):
     """Under torchrun join the other processes; returns this one's own device. Only one prints."""
-    if not under_torchrun():
+    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if not told <= os.environ.keys():
         return device
     backend = "gloo"
     if device.type == "cuda":  # plain values go by way of the CPU: no GPU has to finish for them

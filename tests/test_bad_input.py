@@ -29,7 +29,7 @@ import distill
 import evaluate
 import reclip
 from clip.clip import TINY_PATH
-from conftest import REAL, Bomb, random_clip, run, snapshot
+from conftest import REAL, Bomb, random_clip, run, save_clip, snapshot
 
 # ---- Contents of files -------------------------------------------------------------------------
 
@@ -96,7 +96,8 @@ def tar_bomb():
 
 
 def script():
-    with warnings.catch_warnings(action="ignore"):  # PyTorch would like it to be forgotten
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch would like it to be forgotten
         module = torch.jit.script(torch.nn.Linear(2, 2))
     return written(lambda file: torch.jit.save(module, file))
 
@@ -118,10 +119,11 @@ LIST = {"list.pt": written(torch.save, [1, 2])}
 def sound(trained_demo, tmp_path_factory):
     """A folder with sound things: photographs, VOC's tree, a CLIP, runs; and empty folders."""
     root = tmp_path_factory.mktemp("sound")
-    with contextlib.chdir(root):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
         shutil.copytree(REAL, "voc")
         shutil.copytree("voc/VOCdevkit/VOC2012/JPEGImages", "good")
-        torch.save({k: v.half() for k, v in random_clip().state_dict().items()}, "clip.pt")
+        save_clip(random_clip().half(), "clip.pt")
         shutil.copytree(trained_demo, "run")
         run(reclip.main, *shlex.split(OWN), "--workers", 0)
         for folder in ("empty", "context/VOCdevkit/VOC2010/JPEGImages", "ade/images/validation",

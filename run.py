@@ -130,7 +130,7 @@ def open_records(path, n, kind, mode="r"):
     """The .npy file of `allocate`, mapped into memory. Raises UserError for another one."""
     try:
         records = np.lib.format.open_memmap(path, mode)
-    except (OSError, ValueError):
+    except Exception:  # numpy raises half a dozen kinds for a damaged header
         records = None
     if records is None or (records.shape, records.dtype) != ((n,), kind):
         raise UserError(f"{path} is damaged or of an earlier version; delete it, and it will be "

@@ -12,6 +12,7 @@ teacher's features are Z (one cell a patch), the student's Ẑ (one for 8×8 pix
 """
 
 import argparse
+import copy
 import functools
 import http.client
 import json
@@ -27,13 +28,14 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, TrainingViews, draw_seed, name_co
                   open_dataset, padding)
 from files import (VOID, Parser, UserError, clean_exit, count, fingerprint, natural,
                    path as user_path, positive, read_ahead, seed as seed_number, share)
-from maps import label_map, prompt_denoising, sampling_matrix, to_cells, upsample
+from maps import label_map, prompt_denoising, resample, to_cells, upsample
 from reclip import (PAPER, ROWS, Decoder, PositionLogits, best_name, classify, contrastive_loss,
                     gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
                     make_hypotheses, masked_pooling, open_rectified, resized_positions)
 from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, folder_lock,
-                 leave_processes, load_checkpoint, make_folder, make_views, mean_over_processes,
-                 network_facts, one_first, parallel, pick_device, plain, to_device, use_amp, world)
+                 leave_processes, load_backbone, load_checkpoint, make_folder, make_views,
+                 mean_over_processes, network_facts, one_first, parallel, pick_device, plain,
+                 to_device, use_amp, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -152,7 +154,7 @@ def pretrained_backbone(source, student="resnet50"):
         raise UserError(f"no file {source}; --backbone is imagenet, none, or the path of a "
                         "ResNet's weights") from None
     except ValueError as error:
-        raise UserError(f"{error} (--backbone takes the weights of a ResNet)") from None
+        raise UserError(f"--backbone: {error}") from None
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         if source != "imagenet":
             raise
@@ -161,25 +163,6 @@ def pretrained_backbone(source, student="resnet50"):
     state = {key.removeprefix("backbone."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     return state, "deep" if "stem.0.weight" in state else "plain"
-
-
-def load_backbone(backbone, state, source):
-    """Put a state dict into a ResNet, running statistics included.
-
-    Raises UserError, which names `source`, unless every key and shape fits.
-    """
-    expected = backbone.state_dict()
-    # Files from before PyTorch 0.4.1 do not count the batches.
-    missing = [key for key in expected if key not in state and "num_batches" not in key]
-    left_over = [key for key in state if key not in expected]
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    problems = [f"{len(keys)} {what}, first {keys[0]}" for keys, what in (
-        (missing, "missing"), (left_over, "left over"), (wrong, "of another shape")) if keys]
-    if problems:
-        raise UserError(f"the weights in {source} are not those of this ResNet: "
-                        f"{'; '.join(problems)}; --student (resnet50, resnet101) has to agree with "
-                        "the file")
-    backbone.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -203,7 +186,7 @@ class InheritedHead(nn.Module):
             self.register_buffer(name, parts.get(name))
         self.names, self.decoder, self.position = names or [1] * len(self.Wq), None, None
         C, D = len(self.names), self.Wq.shape[1]
-        if "decoder.conv.weight" in parts:
+        if any(key.startswith("decoder.") for key in parts):
             self.decoder = Decoder(D, C)
         if "position.0.weight" in parts:
             hidden = [len(parts[f"position.{i}.weight"]) for i in (0, 3)]
@@ -216,14 +199,12 @@ class InheritedHead(nn.Module):
 
         positions: 1×K×g×g on CLIP's own grid; size: (H, W) of the images; grid: the student's.
         The teacher's grid comes bicubically, as everywhere in ReCLIP; 1×1 convolutions commute with
-        that, so Wp may be kept instead of p. `through` is what follows on the teacher's grid, which
-        covers whole patches and so more than the image: it is cut off, not stretched.
+        that, so Wp may be kept instead of p. `through` follows on the teacher's grid, whose whole
+        patches may cover more than the image: that is cut off.
         """
         teachers = [-(-side // self.patch) for side in size]
         positions = through(F.interpolate(positions, teachers, mode="bicubic"))
-        rows, columns = (sampling_matrix(n, self.patch, side, m, positions.device)
-                         for n, side, m in zip(teachers, size, grid))
-        return rows @ positions @ columns.T
+        return resample(positions, self.patch, size, grid)
 
     def forward(self, Z_hat, size):
         """Logits B×C×h×w of features B×D×h×w, of any length, of images of size (H, W)."""
@@ -260,8 +241,7 @@ def inherited_parts(teacher, kind="inherit"):
     """
     rectifier = teacher.rectifier
     if kind == "query+bias" and rectifier.kind == "none":
-        raise UserError("--head query+bias needs a teacher with a bias to subtract; this one has "
-                        "none")
+        raise UserError("--head query+bias needs a teacher with a bias to subtract")
     parts, modules = {"Wq": rectifier.Wq}, []
     side = teacher.model.visual.input_resolution // teacher.patch
     p = resized_positions(teacher.visual, side, side)  # CLIP's own grid: not resized at all
@@ -305,17 +285,9 @@ class Student(nn.Module):
         self.head.eval()
         return self
 
-    @torch.no_grad()
-    def logits(self, images, amp=False):
-        """The logits of `forward` alone, for prediction."""
-        return self(images, amp=amp)[1]
-
 
 def load_student(path, device="cpu"):
-    """A Student in eval mode, with its `settings` and `classes`, from a checkpoint of this script.
-
-    Raises UserError for a file that is none.
-    """
+    """A Student in eval mode, with `settings` and `classes`, of a checkpoint. Raises UserError."""
     checkpoint = load_checkpoint(path)
     if checkpoint["kind"] != "distill":
         raise UserError(f"{path} is not a student's checkpoint (distill.pt)")
@@ -406,10 +378,9 @@ def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None,
     """The teacher's features and labels of training views.
 
     teacher: RectifiedCLIP; views: uint8 B×3×H×W; sizes: int64 B×2, (h, w) of what is not padding.
-    pd: prompt denoising before the labels are taken, at pd_temperature. ignore_below: also ignore
-    pixels where the greatest softmax(logits / pd_temperature), upsampled, is below it.
-    Returns Z, float32 B×D×h×w, not of unit length, and labels, int64 B×H×W with VOID for padding
-    and pixels left out.
+    pd: prompt denoising of the labels, at pd_temperature. ignore_below: also ignore pixels where
+    the greatest softmax(logits / pd_temperature), upsampled, is below it. Returns Z, float32
+    B×D×h×w, not of unit length, and labels, int64 B×H×W with VOID for padding and what is ignored.
     """
     features, size = teacher.encode(views, sizes, amp), views.shape[2:]
     padded = [side * teacher.patch for side in features.shape[2:]]
@@ -418,17 +389,13 @@ def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, ignore_below=None,
     if ignore_below is not None:
         confidence = (logits / pd_temperature).softmax(1).amax(1)
         outside |= upsample(confidence, padded)[:, : size[0], : size[1]] < ignore_below
-    return features, label_map(logits, padded, size, size).masked_fill(outside, VOID)
+    labels = label_map(logits, padded, size, size).masked_fill(outside, VOID)
+    return resample(features, teacher.patch, size, features.shape[2:]), labels
 
 
-class VoidImages:
-    """The ground truth's void pixels as white on black, in place of a SegmentationData's images."""
-
-    def __init__(self, data):
-        self.data, self.ids = data, data.ids
-
-    def image(self, index):
-        return (self.data.label(index) == VOID).to(torch.uint8).mul(255).expand(3, -1, -1)
+def void_image(data, index):
+    """The void pixels of an image's ground truth, white on black: uint8 3×H×W."""
+    return (data.label(index) == VOID).to(torch.uint8).mul(255).expand(3, -1, -1)
 
 
 class ViewsWithGroundTruthVoid(TrainingViews):
@@ -439,7 +406,9 @@ class ViewsWithGroundTruthVoid(TrainingViews):
 
     def __init__(self, data, scale, crop, ratio, distort, seed):
         super().__init__(data, scale, crop, ratio, distort, seed)
-        self.void = TrainingViews(VoidImages(data), scale, crop, ratio, False, seed)
+        void = copy.copy(data)
+        void.image = functools.partial(void_image, data)
+        self.void = TrainingViews(void, scale, crop, ratio, False, seed)
 
     def __getitem__(self, key):
         return super().__getitem__(key) | {"void": self.void[key]["view"][0] > 127}
@@ -466,8 +435,7 @@ def recipe(dataset, bias="independent", decoder=True):
     bias, decoder: the teacher's, whose labels are denoised as its logits ask for.
     """
     row = ROWS.get(dataset, dataset)
-    learns = decoder or bias != "none"
-    s = ALWAYS | dict(losses=LOSSES if learns else ("mask",))  # MaskCLIP+ has no others
+    s = ALWAYS | dict(losses=LOSSES if decoder or bias != "none" else ("mask",))  # MaskCLIP+
     s["pd"], s["pd_temperature"] = head_denoising(row, bias, decoder,
                                                   0.95 if row in ("voc", "stuff") else None)
     if row == "shapes":
@@ -490,8 +458,7 @@ def distillation_losses(logits, Z_hat, Z, labels, Wq, names, hypothesis=None, no
     the teacher's (--text-masks); losses: which; share: of a global batch, relative to the mean.
     """
     found, valid = {}, labels != VOID
-    # DistributedDataParallel takes the mean of the processes' gradients: with the mean of their
-    # counts as the divisor, that is the gradient of the mean over all pixels.
+    # Divided by the processes' mean count, DDP's mean gradient is that of the mean of all pixels.
     pixels = mean_over_processes(valid.sum().float()).clamp(min=1)
     if "mask" in losses:
         found["mask"] = mask_loss(logits, labels, pixels)
@@ -510,18 +477,14 @@ def distillation_losses(logits, Z_hat, Z, labels, Wq, names, hypothesis=None, no
 def train(s, data, teacher, student, hypothesis, run, device):
     """Teach `student` what `teacher` sees in `data` (Sec. III-E).
 
-    s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
-    images are opened, unless s.use_ground_truth_void; hypothesis: as in reclip.train, the teacher's
-    own, or None for a teacher without: then the classes in its labels of a view. (A class of the
-    hypothesis that is not in a view has an empty mask, which teaches nothing.) run: the Run that
-    keeps what is learned, and from whose checkpoint training goes on.
+    s, data, run: as in reclip.train; of data only images are opened, unless
+    s.use_ground_truth_void; hypothesis: as there, the teacher's own, or None for a teacher without:
+    then the classes in its labels of a view.
     """
     learned = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if s.optimizer == "sgd":
-        optimizer = torch.optim.SGD(learned, s.lr, s.momentum, weight_decay=s.weight_decay,
-                                    fused=True)
-    else:
-        optimizer = torch.optim.AdamW(learned, s.lr, weight_decay=s.weight_decay, fused=True)
+    options = dict(lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    optimizer = (torch.optim.SGD(learned, momentum=s.momentum, **options) if s.optimizer == "sgd"
+                 else torch.optim.AdamW(learned, **options))
     batches = run.start(optimizer, Batches(len(data), s.batch, s.epochs, s.student_seed))
     Views = ViewsWithGroundTruthVoid if s.use_ground_truth_void else TrainingViews
     views = Views(data, s.scale, s.crop, s.ratio, s.distort, s.student_seed)
@@ -546,8 +509,7 @@ def train(s, data, teacher, student, hypothesis, run, device):
                       Z=(np.float16, (Wq.shape[1], cells, cells)),
                       labels=(np.uint8, (s.crop, s.crop)))
         views = make_views(views, s, "views-distill", facts, fields, taught)
-    student.train()
-    network = parallel(student, device)
+    network = parallel(student.train(), device)
     with run:
         for step, batch in run.steps(read_ahead(views, batches, s.workers)):
             epoch, indices = step // batches.per_epoch, batch["index"]
@@ -582,15 +544,12 @@ def train(s, data, teacher, student, hypothesis, run, device):
 def find_teacher(path, device="cpu", source=None):
     """RectifiedCLIP of a finished checkpoint of reclip.py, and the checkpoint's path.
 
-    path: of the checkpoint or its folder, or None for the newest rectified one under runs/; source:
-    where its CLIP is, if not where it was. Raises UserError for an unfinished one, and for anything
-    else than such a file.
+    path: of the file or its folder, or None for the newest rectified one under runs/; source: where
+    its CLIP is, if not where it was. Raises UserError for an unfinished one and another file.
     """
-    found = sorted(Path("runs").glob("*/reclip.pt"), key=lambda file: -file.stat().st_mtime)
-    for file in found if path is None else ():
-        if load_checkpoint(file)["settings"]["method"] != "maskclip":
-            path = file
-            break
+    newest = sorted(Path("runs").glob("*/reclip.pt"), key=lambda file: -file.stat().st_mtime)
+    path = path or next((file for file in newest if
+                         load_checkpoint(file)["settings"]["method"] != "maskclip"), None)
     if path is None:
         raise UserError("no rectified checkpoint under runs/; run python reclip.py first, or name "
                         "a teacher with --teacher")
@@ -633,8 +592,7 @@ def parse_arguments(argv):
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 networks (default: on a GPU)")
     flag("--workers", type=natural, help="processes that read images (default: as the teacher's)")
-    group = parser.add_argument_group("single values of the recipe (default: as published)")
-    flag = group.add_argument
+    flag = parser.add_argument_group("values of the recipe (default: as published)").add_argument
     flag("--student", choices=tuple(STUDENTS), help="MaskCLIP+'s own was resnet101")
     flag("--backbone", help="ImageNet weights: imagenet (torchvision's, downloaded), a file "
          "(torchvision's or Open-MMLab's v1c layout), or none")
@@ -643,7 +601,7 @@ def parse_arguments(argv):
     flag("--text-masks", choices=("student", "teacher"), default="student", help="of the text "
          "loss: the student's, as in the papers, or the teacher's, as in the authors' program")
     flag("--ignore-below", type=share, metavar="P", help="leave out pixels where the teacher's "
-         "greatest softmax(10·logits) is less (0: none)")
+         "greatest softmax of the logits is less (0: none)")
     flag("--use-ground-truth-void", action="store_true", help="NOT unsupervised: open the training "
          "labels and leave out what they call void or background, as the authors' program does")
     flag("--pd", type=share, help="prompt denoising of the teacher (0: none)")
@@ -667,7 +625,7 @@ def settings_of(args, teacher):
         given["losses"] = [name.strip() for name in args.losses.split(",")]
     learned = sorted(teacher.rectifier.state_dict().items())
     own = ("dataset", "data_root", "method", "preset", "seed", "workers", "mask_temperature",
-           "sign", "train_split", "labels", "labels_offset", "surgery", "sigma", "activation")
+           "sign", "train_split", "labels", "labels_offset")
     inherited = {key: getattr(t, key) for key in own if hasattr(t, key)}
     inherited |= dict(patch=teacher.patch, student_seed=t.seed, ignore_below=None,
                       teacher_weights=fingerprint(*(part for pair in learned for part in pair)))
@@ -692,10 +650,10 @@ def main(argv=None):
     teacher, path = find_teacher(args.teacher, device, args.clip)
     t, s = teacher.settings, settings_of(args, teacher)
     s.teacher, s.out, s.device = path, args.out or path.parent, str(device)
-    s.cache = args.cache or s.out
-    s.amp = use_amp(args.amp, device)
-    data = open_dataset(s.dataset, s.data_root, getattr(t, "train_split", "train"),
-                        teacher.classes if s.dataset == "folder" else None, s.seed)
+    s.cache, s.amp = args.cache or s.out, use_amp(args.amp, device)
+    data = open_dataset(s.dataset, s.data_root, getattr(s, "train_split", "train"),
+                        teacher.classes if s.dataset == "folder" else None, s.seed,
+                        getattr(s, "labels", None), getattr(s, "labels_offset", 0))
     if data.classes != teacher.classes:
         raise UserError(f"{path} was made for other classes than {s.dataset}'s")
     if s.use_ground_truth_void and not data.has_labels:
@@ -705,7 +663,6 @@ def main(argv=None):
     learned = sum(value.numel() for value in student.parameters() if value.requires_grad)
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes, student of "
           f"{learned / 1e6:.1f} M parameters → {s.out}/")
-
     make_folder(s.out)
     make_folder(s.cache)
     with folder_lock(s.out / ".run.lock"):
@@ -722,22 +679,20 @@ def main(argv=None):
     import evaluate  # which needs this module; it sees the checkpoints only
     options = ["--device", s.device, "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"]
     options += ["--data-root", str(s.data_root)] if s.data_root else []
-    evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
-    barrier()  # the results are there
-
-    def measured():
-        """{stage: mIoU} of teacher and student, so far as evaluated in the way of the recipe."""
-        files = [folder / "results.json" for folder in (path.parent, s.out)]
-        results = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
-        return {name: r["miou"] for stages in results for name, r in stages.items()
-                if r.get("standard") and name in ("maskclip", "rectified", "distilled")}
-
-    taught = "maskclip" if t.method == "maskclip" else "rectified"
-    if "distilled" in measured() and taught not in measured():
-        options += ["--clip", args.clip] if args.clip else []
-        evaluate.main(["--checkpoint", str(path), "--out", str(s.out), *options])
-    if "distilled" in measured():  # else there are no labels to compare with
-        print("mIoU: " + "  ".join(f"{name} {miou:.2f}" for name, miou in measured().items()))
+    results = evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
+    if results:  # else there are no labels to compare with
+        stage = "maskclip" if t.method == "maskclip" else "rectified"
+        kept = path.with_name("results.json")
+        try:
+            before = dict(json.loads(kept.read_text("utf-8")))
+        except (ValueError, TypeError, OSError):  # not evaluated yet, or damaged
+            before = {}
+        if not before.get(stage, {}).get("standard"):
+            options += ["--clip", args.clip] if args.clip else []
+            before = evaluate.main(["--checkpoint", str(path), "--out", str(s.out), *options])
+        shown = {name: (before | results).get(name) for name in ("maskclip", stage, "distilled")}
+        print("mIoU: " + "  ".join(f"{name} {result['miou']:.2f}"
+                                   for name, result in shown.items() if result))
 
 
 if __name__ == "__main__":

@@ -702,10 +702,12 @@ def open_split(args, segment, split):
     s = segment.settings
     dataset, folder = args.dataset or s.dataset, {}
     if dataset == "folder":
-        labels, offset = args.labels, args.labels_offset or 0
-        if labels is None and getattr(s, "labels", None):  # as they were given to reclip.py
-            labels, offset = s.labels, s.labels_offset
+        # by default as they were given to reclip.py
+        labels = getattr(s, "labels", None) if args.labels is None else args.labels
+        offset = getattr(s, "labels_offset", 0) if args.labels_offset is None else args.labels_offset
         folder = dict(classes=segment.classes, labels=labels, offset=offset)
+    elif args.labels is not None:
+        raise UserError(f"--labels goes with --dataset folder; {dataset} has its own")
     return open_dataset(dataset, args.data_root or s.data_root, split, seed=s.seed, **folder)
 
 

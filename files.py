@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import sys
 import time
@@ -624,6 +625,11 @@ class _Reader(torch.utils.data.Dataset):
         return content.getvalue()
 
 
+def _heedless(worker):
+    """Ctrl-C is for the process that reads ahead; its workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def read_ahead(dataset, keys, workers, collate=None):
     """Yield dataset[key] for each key, in order, read by `workers` processes; 0: by this one.
 
@@ -637,7 +643,7 @@ def read_ahead(dataset, keys, workers, collate=None):
         yield from map(reader.read, keys)
         return
     loader = torch.utils.data.DataLoader(reader, sampler=keys, batch_size=None, collate_fn=bytes,
-                                         num_workers=workers)
+                                         num_workers=workers, worker_init_fn=_heedless)
     try:  # the semaphores lie in shared memory too; a loader that lacks them ends in a traceback
         [torch.multiprocessing.Queue() for _ in range(workers + 3)].clear()
         items = iter(loader)

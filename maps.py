@@ -149,6 +149,16 @@ def to_cells(x, grid):
     return (rows.T @ x) @ columns
 
 
+def resample(x, patch, size, grid):
+    """What covers whole patches, …×h'×w', cut to the image and on another grid: …×h×w (bilinear).
+
+    patch: in pixels; size: (H, W) of the image, which the first rows and columns of patches cover.
+    """
+    rows, columns = (sampling_matrix(n, patch, side, m, x.device)
+                     for n, side, m in zip(x.shape[-2:], size, grid))
+    return rows @ x @ columns.T
+
+
 @functools.lru_cache(64)
 def sampling_matrix(n, patch, side, m, device):
     """m×n: linear interpolation of n patches at the centres of the m cells of an image's side.

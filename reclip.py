@@ -27,9 +27,9 @@ from torch import nn
 import clip
 from clip.model import merge_heads
 from clip.weights import read_weights
-from data import (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, TrainingViews,
-                  check_dataset, download, draw_seed, name_counts, names_of, normalise,
-                  open_dataset, parse_classes, resize_to_scale)
+from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
+                  TrainingViews, check_dataset, download, draw_seed, name_counts, names_of,
+                  normalise, open_dataset, parse_classes, resize_to_scale)
 from files import (Parser, Progress, UserError, clean_exit, count, natural, path as user_path,
                    positive, read_ahead, seed as seed_number, share)
 from run import (Batches, Run, as_checkpoint, ask_once, barrier, clip_fingerprint, folder_lock,
@@ -79,11 +79,11 @@ def norm(layer, x):
 # What a token attends to in the last block: itself alone (""), or all tokens whose queries (q) or
 # keys (k) are like its own, or the sum of both; and whether residual and MLP follow.
 SURGERIES = {
-    "program": ("", True),  # MaskCLIP's and the authors' programs; all reported numbers
-    "value": ("", False),  # the text's two 1×1 convolutions and no more
-    "clearclip": ("q", False),  # Lan et al., 2024
-    "sclip": ("qk", True),  # Wang et al., 2024
-    "naclip": ("k", False),  # Hajimiri et al., 2025, which prefers near patches
+    "program": dict(alike="", rest=True),  # MaskCLIP's and the authors' programs; their numbers
+    "value": dict(alike="", rest=False),  # the text's two 1×1 convolutions and no more
+    "clearclip": dict(alike="q", rest=False),  # Lan et al., 2024
+    "sclip": dict(alike="qk", rest=True),  # Wang et al., 2024
+    "naclip": dict(alike="k", rest=False),  # Hajimiri et al., 2025, which prefers near patches
 }
 
 
@@ -104,8 +104,8 @@ def last_block(visual, x, grid, surgery="program", sigma=5.0):
     x: all tokens, the class token first, which the others may attend to and which is then dropped.
     grid: (h, w); surgery, sigma: as in `dense_features`.
     """
-    block, (alike, rest) = visual.transformer.resblocks[-1], SURGERIES[surgery]
-    attn, width, patches = block.attn, x.shape[-1], x[:, 1:]
+    block, patches = visual.transformer.resblocks[-1], x[:, 1:]
+    attn, width, alike = block.attn, x.shape[-1], SURGERIES[surgery]["alike"]
     if alike:
         q, k, v = attn.project(norm(block.ln_1, x))
         near = neighbourhood(*grid, sigma, q) if surgery == "naclip" else None
@@ -116,7 +116,7 @@ def last_block(visual, x, grid, surgery="program", sigma=5.0):
         weight, bias = attn.in_proj_weight[2 * width:], attn.in_proj_bias[2 * width:]
         y = F.linear(norm(block.ln_1, patches), weight, bias)
     y = attn.out_proj(y)
-    if rest:
+    if SURGERIES[surgery]["rest"]:
         y = y + patches
         y = y + block.mlp(norm(block.ln_2, y))
     return visual.ln_post(y)
@@ -180,10 +180,7 @@ def classify(Z, W):
 
 
 def best_name(logits, names):
-    """The logits of classes from those of their names: a class is as likely as its best name.
-
-    logits: B×K×…, the names of each class in turn; names: how many each class has. B×C×…
-    """
+    """Logits of names, B×K×…, of which each class has so many → of classes, B×C×…: the best's."""
     if max(names) == 1:
         return logits
     return torch.stack([part.amax(1) for part in logits.split(names, 1)], 1)
@@ -243,8 +240,8 @@ def encode_shared_prefix(model, prefix, suffix, layout=None):
     Attention is causal, so the positions of a common beginning are the same for every text. One
     sequence does for all: the beginning once, then the endings one after another, each token with
     the position it has in its own text, and looking back at the beginning and at its own ending
-    alone. Endings are taken in groups that do not meet, so the cost is linear in C. Equal to the
-    full encoding up to rounding, in value and gradient.
+    alone, in groups of endings that do not meet: the cost is linear in C. Equal to the full
+    encoding up to rounding, in value and gradient.
 
     model: a CLIP; prefix: P×width, embeddings of the common beginning, start token included;
     suffix: int64 C×S, token ids of the endings, P+S within the context length; each text is read
@@ -273,9 +270,8 @@ def shared_layout(P, suffix, group=256):
     Returns, for the N tokens of all endings one after another: their ids, N; the position in its
     own text of each of the P+N tokens; and for each group of endings bool n×m, which of its n
     tokens (those of the beginning included in the first) looks at which of the beginning's and its
-    own, and which of the n are end tokens. group: at most so many tokens and one ending make one,
-    which must not be less than the longest ending. Counting waits for a GPU, so a training loop
-    does it once.
+    own, and which of the n are end tokens. group: at most so many tokens and one ending make one.
+    Counting waits for a GPU, so a training loop does it once.
     """
     used = torch.arange(suffix.shape[1], device=suffix.device) <= suffix.argmax(1, keepdim=True)
     text, place = used.nonzero().T  # what follows an end token is left out
@@ -339,9 +335,9 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-METHODS = {  # what each method learns: (bias, decoder)
-    "reclip++": ("independent", True), "reclip": ("joint", False), "maskclip": ("none", False),
-}
+# What each method learns: (bias, decoder)
+METHODS = {"reclip++": ("independent", True), "reclip": ("joint", False),
+           "maskclip": ("none", False)}
 
 
 class Rectifier(nn.Module):
@@ -349,11 +345,10 @@ class Rectifier(nn.Module):
 
     model: a CLIP with a ViT image encoder; classes: C names; Wq: C×D (a row for each name).
     bias: how Mb is extracted: "independent" (ReCLIP++), "joint" (ReCLIP), "reference" (ReCLIP
-    without its positional part) or "none". decoder: whether M passes through one. sign: -1
-    subtracts the bias (Eq. 3), +1 adds it (Table V).
-
-    Ablations: wr_norm "class" divides each row of Wr by its own norm; learn_query learns the
-    Query's prompt too (Table IV); visual: None, or an image encoder to fine-tune (Table VI).
+    without its positional part) or "none". decoder: whether M passes through one.
+    Ablations: sign +1 adds the bias (Table V) instead of subtracting it (Eq. 3); wr_norm "class"
+    divides each row of Wr by its own norm; learn_query learns the Query's prompt too (Table IV);
+    visual: None, or an image encoder to fine-tune (Table VI).
     """
 
     def __init__(self, model, classes, Wq, bias="independent", decoder=True, sign=-1,
@@ -362,6 +357,8 @@ class Rectifier(nn.Module):
         C, D, width = len(classes), Wq.shape[1], model.visual.proj.shape[0]
         self.kind, self.sign, self.wr_norm = bias, sign, wr_norm
         self.names = name_counts(classes)
+        if len(Wq) != sum(self.names):
+            raise ValueError(f"{len(Wq)} rows of Wq for {sum(self.names)} names")
         self.register_buffer("Wq", Wq.clone())
         if bias != "none":
             self.reference = Reference(model, classes)
@@ -444,16 +441,13 @@ def masked_pooling(masks, features):
 
     Divided by n and not by the mask's area, as in the authors' program: a larger mask gives larger
     logits, and without that signal training collapses. Pooling is linear, so pooling Mq instead of
-    Z gives the similarities Z_g·Wqᵀ at C/D of the cost.
+    Z gives the similarities Z_g·Wqᵀ at C/D of the cost (where each class has one name).
     """
     return torch.einsum("bchw,bkhw->bck", masks, features) / masks[0, 0].numel()
 
 
 def cosine_pooling(masks, Z, Wq):
-    """Similarities as the papers' text has them, with unit-length pooled features; an ablation.
-
-    masks: B×C×h×w; Z: B×D×h×w; Wq: C×D. Returns B×C×C; `masked_pooling` says what they lose.
-    """
+    """An ablation: similarities B×C×C of pooled features of unit length, as in the papers' text."""
     return F.normalize(masked_pooling(masks, Z), dim=2) @ Wq.T
 
 
@@ -507,10 +501,7 @@ def clip_view(images, side):
 
 
 def encode_crops(visual, images):
-    """CLIP's own image feature, `encode_image` up to rounding: B×3×R×R, normalised → B×D.
-
-    R: the resolution of `visual`, a clip VisionTransformer.
-    """
+    """CLIP's own image feature, up to rounding: B×3×R×R, normalised → B×D; R its resolution."""
     x = visual.conv1(images).flatten(2).mT
     first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
     x = torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype)
@@ -549,7 +540,7 @@ def global_scores(model, image, Wq, scale=None, amp=False):
     """
     whole, side = scale is not None, model.visual.input_resolution
     view = resize_to_scale(image, scale) if whole else clip_view(image, side)
-    view = normalise(view[None], CLIP_MEAN, CLIP_STD)
+    view = normalise(view[None].to(Wq.device), CLIP_MEAN, CLIP_STD)
     with torch.autocast(view.device.type, torch.bfloat16, enabled=amp):
         feature = (global_feature if whole else encode_crops)(model.visual, view)
     return 100 * (F.normalize(feature.float(), dim=-1) @ Wq.T)[0]
@@ -575,7 +566,7 @@ ALWAYS = dict(
     views=0,  # fresh augmentation in every epoch
     wr_norm="matrix", pooling="area", learn_query=False, tune_encoder=False,  # ablations
 )
-RELEASE = {  # the authors' settings of July 2025
+RELEASE = {  # the authors' settings of July 2025; training stops after `epochs` of the schedule
     #             scale       crop  schedule  epochs  batch  lr    PD
     "voc":        ((2048, 336), 336, 200,  50,  1, 0.01, 1.0),
     "context":    ((2048, 448), 480, 400,  50,  1, 0.01, 0.85),
@@ -632,8 +623,9 @@ def head_denoising(dataset, bias, decoder, pd):
     """
     if decoder:
         return pd, 0.1
-    plain = bias == "none" or dataset == "shapes"
-    return None if plain else 0.6 if dataset == "context" else 0.5, 0.01
+    if bias == "none" or dataset == "shapes":
+        return None, 0.01
+    return {"context": 0.6}.get(dataset, 0.5), 0.01  # the authors' settings of ReCLIP
 
 
 # ------------------------------------------------------------------------------------------------
@@ -660,8 +652,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     """Learn the bias of CLIP on `data` (Sec. IV-A).
 
     s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
-    images are opened; hypothesis: a function, indices of B images → bool B×C; run: the Run that
-    keeps what is learned, and from whose checkpoint training goes on.
+    images are opened; hypothesis: a function, indices of B images → bool B×C; run: the Run to go on.
     """
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay, fused=True)
@@ -680,9 +671,9 @@ def train(s, data, model, rectifier, hypothesis, run, device):
         fields = dict(features=(np.float16, (rectifier.Wq.shape[1], grid, grid)))
         views = make_views(views, s, "views", network_facts(model, s), fields,
                            lambda batch: dict(features=encode(batch).half()))
-    rectifier.train()
     # A surgery without the MLP of the encoder's last block leaves its parameters without gradient.
-    network = parallel(rectifier, device, s.tune_encoder and not SURGERIES[s.surgery][1])
+    idle = s.tune_encoder and not SURGERIES[s.surgery]["rest"]
+    network = parallel(rectifier.train(), device, idle)
     with run:
         for step, batch in run.steps(read_ahead(views, batches, s.workers)):
             epoch = step // batches.per_epoch
@@ -752,7 +743,7 @@ class RectifiedCLIP:
 
 
 # ------------------------------------------------------------------------------------------------
-# Hypotheses of a whole data set, CLIPs and checkpoints
+# Hypotheses of a whole data set, and checkpoints
 
 
 @torch.no_grad()
@@ -766,6 +757,8 @@ def make_hypotheses(data, model, Wq, s, folder, device):
     crops, C = s.hypothesis == "crops", len(data.classes)
     names = name_counts(data.classes)
     scale = list(s.scale) if s.hypothesis == "global-full" else None
+    if s.learn_query:  # hypotheses are the fixed Query's
+        Wq = query_features(model, data.classes)
     facts = dict(hypothesis=s.hypothesis, data=data.name, images=data.fingerprint,
                  classes=data.classes, clip=clip_fingerprint(model), activation=s.activation,
                  heads=getattr(s, "heads", None), view=s.crop_ratio if crops else scale)
@@ -774,8 +767,8 @@ def make_hypotheses(data, model, Wq, s, folder, device):
     blocks = [rows.tolist() for rows in torch.arange(len(data)).split(size)]
 
     def ask(images):
-        images = [to_device(image, device) for image in images]
         if crops:
+            images = [to_device(image, device) for image in images]
             return dict(scores=crop_votes(model, images, Wq, s.crop_ratio, s.amp, names=names))
         cosines = [global_scores(model, image, Wq, scale, s.amp) for image in images]
         return dict(scores=best_name(torch.stack(cosines), names))
@@ -825,7 +818,7 @@ def open_rectified(path, device="cpu", source=None):
         rectifier = make_rectifier(model, classes, state["Wq"], s)
         rectifier.load_state_dict(state)
         if Wr is not None and Wr.shape != (len(classes), state["Wq"].shape[1]):
-            raise ValueError(f"Wr is {tuple(Wr.shape)}, not {tuple(state['Wq'].shape)}")
+            raise ValueError(f"Wr is {tuple(Wr.shape)}, for {len(classes)} classes")
         return RectifiedCLIP(model, rectifier, Wr, classes, s)
 
 
@@ -858,8 +851,8 @@ def authors_state(path):
     """The state dict of a rectification checkpoint of the authors' program, else None."""
     try:
         state = {key.removeprefix("module."): value for key, value in read_weights(path).items()}
-    except (ValueError, OSError, AttributeError):  # for load_checkpoint to complain about
-        return None
+    except (ValueError, OSError, AttributeError):
+        return None  # load_checkpoint will say what is wrong
     learned = any(key in state for key in ("pe_proj.weight", "proj_net.0.weight"))
     return state if learned and "text_encoder.prompt_token" in state else None
 
@@ -906,8 +899,7 @@ def parse_arguments(argv):
     """The command line as a namespace; what is not given is None."""
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--dataset", default="shapes", help="voc, context, ade, cityscapes, stuff, stuff171, "
-         "folder, or shapes, the built-in demo (default)")
+    flag("--dataset", default="shapes", help=", ".join(DATASETS) + " (default: shapes, the demo)")
     flag("--data-root", type=user_path, help="its folder (README, Data sets)")
     flag("--train-split", choices=("train", "trainaug"), default="train", help="of voc")
     flag("--classes", help='for folder: "cat, dog, sofa", or a text file, one class a line, with '
@@ -918,14 +910,12 @@ def parse_arguments(argv):
     flag("--method", choices=("reclip++", "reclip", "maskclip"), default="reclip++")
     flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
     flag("--out", type=user_path, help="the run's folder (default: runs/NAME)")
-    flag("--cache", type=user_path, help="folder for hypotheses and views, which runs of the same "
-         "data can share (default: the run's folder)")
+    flag("--cache", type=user_path, help="for hypotheses and views (default: --out)")
     flag("--seed", type=seed_number, default=0)
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU)")
     flag("--workers", type=natural, help="processes that read images (default: one a core)")
-    group = parser.add_argument_group("single values of the recipe (default: as published)")
-    flag = group.add_argument
+    flag = parser.add_argument_group("values of the recipe (default: as published)").add_argument
     flag("--clip", help="a name (ViT-B/16) or a file")
     flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu",
          help="that --clip was trained with; a state dict does not tell")
@@ -947,8 +937,7 @@ def parse_arguments(argv):
     flag("--pd", type=share, help="prompt denoising at test time: switch off classes below it")
     flag("--views", type=natural, metavar="K", help="encode K augmented views of each image once "
          "and train on these; 0: fresh views in every epoch")
-    group = parser.add_argument_group("ablations: one part of the method changed")
-    flag = group.add_argument
+    flag = parser.add_argument_group("ablations: one part of the method changed").add_argument
     flag("--bias", choices=("independent", "joint", "reference", "none"), help="how extracted: "
          "as in ReCLIP++, as in ReCLIP, as in ReCLIP without position, not at all")
     flag("--decoder", action=argparse.BooleanOptionalAction)

@@ -130,7 +130,7 @@ def open_records(path, n, kind, mode="r"):
     """The .npy file of `allocate`, mapped into memory. Raises UserError for another one."""
     try:
         records = np.lib.format.open_memmap(path, mode)
-    except (OSError, ValueError):
+    except Exception:  # numpy raises half a dozen kinds for a damaged header
         records = None
     if records is None or (records.shape, records.dtype) != ((n,), kind):
         raise UserError(f"{path} is damaged or of an earlier version; delete it, and it will be "
@@ -227,7 +227,7 @@ class Run:
     In the checkpoint beside the learned parameters: `optimizer` and `step` to go on from, Wr to
     predict without the text encoder, the settings, and what tells whether another CLIP, other
     classes or other images are used with it. Within `with run:` Ctrl-C (and SIGTERM, SIGHUP) ends
-    training after the step that is under way; pressed twice, at once.
+    training after the step that is under way (of several processes, ten steps); twice, at once.
     Raises UserError where the folder holds the checkpoint of other settings.
     """
 
@@ -258,19 +258,17 @@ class Run:
         self.batches, batches.first = batches, self.kept
         self.progress = Progress(self.title, batches.total, self.kept)
         self.bad, self.shown = None, ""
-        self.begin_line()
-        # A run that was interrupted after its last checkpoint repeats those steps, and their lines.
-        # A line without its end was being written when the run was stopped.
-        if rank() == 0:
-            try:
-                lines = self.log.read_text("utf-8").splitlines(True) if self.log.exists() else []
-                whole = [line for line in lines if line.endswith("\n")]
-                kept = [line for line in whole if json.loads(line)["step"] <= self.kept]
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"{self.log} is damaged; delete it, then repeat the command"
-                                ) from None
-            write_text(self.log, "".join(kept))
         return batches
+
+    def trim_log(self):
+        """Steps after the last checkpoint are repeated, and so are their lines in the log."""
+        try:
+            lines = self.log.read_text("utf-8").splitlines(True) if self.log.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]  # the last may be cut short
+            kept = [line for line in whole if json.loads(line)["step"] <= self.kept]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{self.log} is damaged; delete it and repeat the command") from None
+        write_text(self.log, "".join(kept))
 
     def begin_line(self):
         """Nothing is added up yet for the next line of the log."""
@@ -282,7 +280,8 @@ class Run:
             self.stopping = True
             self.__exit__()
 
-        self.handlers = {number: signal.signal(number, stop) for number in STOP}
+        heeded = [number for number in STOP if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+        self.handlers = {number: signal.signal(number, stop) for number in heeded}
 
     def __exit__(self, *exception):
         for number, handler in self.handlers.items():
@@ -290,6 +289,9 @@ class Run:
 
     def steps(self, loader):
         """(step, batch) of all steps that are left, counting the seconds spent waiting for data."""
+        if rank() == 0:
+            self.trim_log()
+        self.begin_line()
         batches = iter(loader)
         for step in range(self.kept, self.batches.total):
             start = time.monotonic()
@@ -401,7 +403,7 @@ def as_checkpoint(path):
     """What goes wrong inside is a UserError: there are many ways to be damaged or foreign."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}") from None
@@ -428,6 +430,7 @@ def checkpoint_in(path, *names):
 # their fingerprints.
 MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "download", "clip", "teacher",
            "labels", "labels_offset"}
+ADDED = dict(sigma=5.0, heads=None, train_split="train")  # what older checkpoints do not say
 
 
 def check_same_run(checkpoint, facts, path):
@@ -438,9 +441,8 @@ def check_same_run(checkpoint, facts, path):
 
     same("classes", "other classes")
     same("clip", "another CLIP")
-    # A setting that did not exist when the checkpoint was made was at its default.
-    old, new = ({key: settings[key] for key in checkpoint["settings"].keys() - MACHINE
-                 if key in settings} for settings in (checkpoint["settings"], facts["settings"]))
+    old, new = ({key: value for key, value in (ADDED | settings).items() if key not in MACHINE}
+                for settings in (checkpoint["settings"], facts["settings"]))
     if old != new:
         raise UserError(f"{path} {unlike(old, new)}; repeat them, delete the folder, or choose "
                         "another one with --out")
@@ -521,6 +523,25 @@ def usual_surgery(model, surgery="program"):
     return "value"
 
 
+def load_backbone(backbone, state, source):
+    """Put a state dict into a ResNet, running statistics included.
+
+    Raises UserError, which names `source`, unless every key and shape fits.
+    """
+    expected = backbone.state_dict()
+    # Files from before PyTorch 0.4.1 do not count the batches.
+    missing = [key for key in expected if key not in state and "num_batches" not in key]
+    left_over = [key for key in state if key not in expected]
+    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    problems = [f"{len(keys)} {what}, first {keys[0]}" for keys, what in (
+        (missing, "missing"), (left_over, "left over"), (wrong, "of another shape")) if keys]
+    if problems:
+        raise UserError(f"the weights in {source} are not those of this ResNet: "
+                        f"{'; '.join(problems)}; --student (resnet50, resnet101) has to agree with "
+                        "the file")
+    backbone.load_state_dict(state)
+
+
 def make_folder(path):
     """Make a run's folder. Raises UserError where it cannot be made or written to."""
     try:
@@ -580,7 +601,7 @@ def pick_device(name=None):
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:80]}; "
                         "without --device the best one that is there is taken") from None
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: what needs exact float32 is on the CPU
+        torch.set_float32_matmul_precision("high")  # TF32, still finer than the bf16 of --amp
         torch.backends.cudnn.benchmark = True
     return device
 
@@ -597,14 +618,10 @@ def use_amp(given, device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def under_torchrun():
-    """Whether torchrun has started this process, or something else that tells it as much."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
-
 def join_processes(device):
     """Under torchrun join the other processes; returns this one's own device. Only one prints."""
-    if not under_torchrun():
+    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if not told <= os.environ.keys():
         return device
     backend = "gloo"
     if device.type == "cuda":  # plain values go by way of the CPU: no GPU has to finish for them

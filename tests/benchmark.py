@@ -440,7 +440,8 @@ class RandomImages:
 
     def draw(self, i, most, *channels):
         size = self.sides[::1 if i % 2 else -1]
-        return torch.randint(0, most, (*channels, *size), generator=torch.Generator().manual_seed(i))
+        draw = torch.Generator().manual_seed(i)
+        return torch.randint(0, most, (*channels, *size), generator=draw)
 
     def image(self, i):
         return self.draw(i, 256, 3).to(torch.uint8)

@@ -229,7 +229,8 @@ def markdown(tables, runs, args):
                 "" if sd is None else f" ± {sd:{form}}")
             ours = ("not run" if row["run"] == "–" else "–" if row["mean"] is None else
                     spread(row["mean"], row["sd"]))
-            noted = [CONTRADICTIONS.get((row["run"], name)) for name in table["data_sets"]]
+            noted = [CONTRADICTIONS.get((row["run"], name)) if number and row["measure"] == "miou"
+                     else None for name, number in zip(table["data_sets"], row["papers"])]
             theirs = ["–" if value is None else f"*{value:{form}}*" + ("\\*" if note else "")
                       for value, note in zip(row["papers"], noted)]
             verdict = row["direction"] or "–"

@@ -91,8 +91,8 @@ def tar_bomb():
 
 
 def script():
-    with warnings.catch_warnings():  # PyTorch would like it to be forgotten
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch would like it to be forgotten
         module = torch.jit.script(torch.nn.Linear(2, 2))
     return written(lambda file: torch.jit.save(module, file))
 

@@ -283,9 +283,9 @@ def test_training(teachers, teach, method, tmp_path, monkeypatch):
     monkeypatch.setattr(reclip.clip, "load", None)
     alone = distill.load_student(tmp_path / "run" / "distill.pt")
     student.load_state_dict(state)
-    logits = alone.logits(views)
+    logits = alone(views)[1]
     assert logits.shape == (4, 20, 6, 5) and alone.classes == data.CLASSES["voc"]
-    assert torch.equal(logits, student.eval().logits(views))
+    assert torch.equal(logits, student.eval()(views)[1])
 
 
 @pytest.mark.parametrize("options", [(), (

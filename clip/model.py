@@ -223,8 +223,7 @@ class AttentionPool2d(nn.Module):
         pooled = F.scaled_dot_product_attention(
             split_heads(self.q_proj(x[:, :1]), self.num_heads),
             split_heads(self.k_proj(x), self.num_heads),
-            split_heads(self.v_proj(x), self.num_heads),
-        )
+            split_heads(self.v_proj(x), self.num_heads))
         return self.c_proj(merge_heads(pooled)).squeeze(1)
 
 
@@ -433,8 +432,7 @@ def infer_sizes(state):
             context_length=context_length,
             vocab_size=shapes["token_embedding.weight"][0],
             transformer_width=transformer_width,
-            transformer_layers=count_blocks(shapes, "transformer.resblocks."),
-        )
+            transformer_layers=count_blocks(shapes, "transformer.resblocks."))
     except (KeyError, IndexError, ValueError) as error:
         some = ", ".join(list(shapes)[:3]) or "nothing"
         raise ValueError(

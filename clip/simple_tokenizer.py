@@ -22,8 +22,7 @@ WORD_END = "</w>"                            # marks a unit that ends a word
 WORDS = regex.compile(
     rf"{regex.escape(START)}|{regex.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d"
     r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
-    regex.IGNORECASE,
-)
+    regex.IGNORECASE)
 
 
 def byte_alphabet():

@@ -92,7 +92,10 @@ def read_open(file):
 def read_zip(file):
     """What a zip archive holds: a TorchScript archive of OpenAI's, or a file made by torch.save."""
     try:
-        names = [name.partition("/")[2] for name in zipfile.ZipFile(file).namelist()]
+        archive = zipfile.ZipFile(file)
+        names = [name.partition("/")[2] for name in archive.namelist()]
+        if archive.testzip():                                # torch.load compares no checksums
+            raise ValueError
     except Exception:                                        # damaged files fail in many ways
         raise ValueError(DAMAGED) from None
     if "data.pkl" not in names:

@@ -154,7 +154,7 @@ def pretrained_backbone(source, student="resnet50"):
         raise UserError(f"no file {source}; --backbone is imagenet, none, or the path of a "
                         "ResNet's weights") from None
     except ValueError as error:
-        raise UserError(f"--backbone: {error}") from None
+        raise UserError(f"{error} (--backbone takes the weights of a ResNet)") from None
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         if source != "imagenet":
             raise

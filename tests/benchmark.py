@@ -451,7 +451,7 @@ class RandomImages:
 
 
 def evaluation(model, device, args):
-    """Images one at a time and batched by size; then `maps` and `files`."""
+    """Images one at a time and batched by size; then `label_maps` and `files`."""
     print(f"\nevaluation\n{HEADING}")
     data = RandomImages(16, (48, 64) if args.quick else (336, 448))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -465,11 +465,11 @@ def evaluation(model, device, args):
 
     compare("16 images of 336×448: one at a time, eight", lambda: run(1), lambda: run(8), args,
             lambda ours, plain: (ours - plain).abs().sum() <= 2e-3 * plain.sum())
-    maps(device, args)
+    label_maps(device, args)
     files(args)
 
 
-def maps(device, args):
+def label_maps(device, args):
     """Label maps of photographs and of evaluation, against all classes at every pixel."""
     def agree(ours, plain):
         return (ours != plain).float().mean() <= 1e-5

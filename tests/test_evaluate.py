@@ -367,7 +367,8 @@ def test_figures(small_demo, trained_demo, tmp_path):
     assert sorted(sizes) == ["comparison.png", "confusion.png", "distance.png", "heatmaps.png"]
     assert all(850 <= width <= 1000 for width, _ in sizes.values())
     assert sizes["distance.png"] == (900, 480)
-    assert sizes["heatmaps.png"] == (3 * (3 * 106 - 6 + 18) - 6, 4 * 142)
+    width, height = sizes["heatmaps.png"]  # six columns; three rows an image, above a legend
+    assert width == 6 * 142 + 6 and height > 9 * 142
     assert sizes["comparison.png"][0] == 5 * (190 + 6) + 6
     for path in out.glob("*.png"):
         assert len(Image.open(path).convert("RGB").getcolors(1 << 20)) > 50  # something is drawn

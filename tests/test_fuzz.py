@@ -91,6 +91,7 @@ def read_log(path):
     s, images = argparse.Namespace(), argparse.Namespace(ids=[], fingerprint="", classes=[])
     training = Run(path.with_name("none.pt"), s, images, random_clip())
     training.start(None, Batches(3, 1, 1, 0))
+    training.trim_log()
 
 
 def load_clip(path):

@@ -41,8 +41,7 @@ def test_last_blocks_in_bf16_and_backward(surgery, heads):
     reclip.dense_features(tuned, images, surgery).square().sum().backward()
     gradient = tuned.transformer.resblocks[-1].attn.in_proj_weight.grad.chunk(3)
     used = dict(zip("qkv", (part.abs().sum() > 0 for part in gradient)))
-    alike, _ = reclip.SURGERIES[surgery]
-    assert {name for name in "qkv" if used[name]} == {*alike, "v"}
+    assert {name for name in "qkv" if used[name]} == {*reclip.SURGERIES[surgery]["alike"], "v"}
     assert tuned.conv1.weight.grad.isfinite().all()
 
 
@@ -144,13 +143,13 @@ def test_many_classes_in_groups(C):
 # ---- Crops ---------------------------------------------------------------------------------------
 
 
-def test_class_feature_is_clips_own():
+def test_crops_are_encoded_as_clip_does():
     visual = random_clip(vision_layers=3).visual
     images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = visual(images)
-    torch.testing.assert_close(reclip.class_feature(visual, images), expected)
+    torch.testing.assert_close(reclip.encode_crops(visual, images), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = reclip.class_feature(visual, images)
+        rounded = reclip.encode_crops(visual, images)
     assert F.cosine_similarity(rounded.float(), expected).min() > 0.995
 
 
@@ -161,5 +160,5 @@ def test_crop_votes_in_groups(tiny_clip):
     Wq = torch.randn(5, tiny_clip.text_projection.shape[1], generator=generator)
     votes = reclip.crop_votes(tiny_clip, images, Wq, 1 / 3)
     assert votes.sum(1).tolist() == [25, 25]
-    for batch in (1, 7, 512):
-        assert torch.equal(reclip.crop_votes(tiny_clip, images, Wq, 1 / 3, batch=batch), votes)
+    for image, row in zip(images, votes):  # 25 crops in another grouping
+        assert torch.equal(reclip.crop_votes(tiny_clip, [image], Wq, 1 / 3)[0], row)

@@ -1,7 +1,6 @@
 """The scripts as they are used: whole runs on photographs and on the demo, mistakes, --help."""
 
 import functools
-import json
 import os
 import re
 import shutil

@@ -16,8 +16,8 @@ import reclip
 from conftest import results, run
 from data import VOID, UserError, connected_regions, open_dataset
 from evaluate import (Segmenter, class_preference, class_shares, confusion_by_distance,
-                      confusion_matrix, distance_bins, distance_curve, grouped_by_size, linear_probe,
-                      scores, space_preference)
+                      confusion_matrix, distance_bins, distance_curve, grouped_by_size,
+                      linear_probe, scores, space_preference)
 from maps import label_map, prompt_denoising
 
 

@@ -278,20 +278,24 @@ def test_locks_are_for_folders_that_can_be_written(tmp_path, monkeypatch):
         assert lock.exists()
 
 
-STEPS = dict(reclip="rectification_loss", distill="distillation_losses")
+def send_in_steps(patch, main, number):
+    """This process gets a signal in the middle of every training step."""
+    module = sys.modules[main.__module__]
+    step = "rectification_loss" if main is reclip.main else "distillation_losses"
+    loss = getattr(module, step)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        return loss(*args, **kwargs)
+
+    patch.setattr(module, step, interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_saves_and_the_same_command_goes_on(job, trained_demo, monkeypatch, capsys, number):
     main, arguments, path = job
-    main_step = getattr(module := sys.modules[main.__module__], step := STEPS[main.__module__])
-
-    def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), number)
-        return main_step(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(module, step, interrupted)
+        send_in_steps(patch, main, number)
         with pytest.raises(SystemExit, match="130"):
             run(main, *arguments)
     said = capsys.readouterr().err
@@ -301,6 +305,18 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(job, trained_demo, monkeypatc
     run(main, *arguments)
     assert same(learned(path.parent, path.name), learned(trained_demo, path.name))
     assert results(path.parent) == results(trained_demo)
+
+
+def test_nohup_is_heeded(job, monkeypatch):
+    main, arguments, path = job
+    send_in_steps(monkeypatch, main, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(main, *arguments)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert learned(path.parent, path.name)["finished"]
 
 
 def test_a_loss_that_is_not_finite_stops(job, monkeypatch, mistake):

@@ -28,7 +28,7 @@ import clip
 from clip.model import merge_heads
 from clip.weights import read_weights
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
-                  TrainingViews, check_dataset, download, draw_seed, name_counts, names_of,
+                  TrainingViews, check_dataset, download, draw_seed, evenly, name_counts, names_of,
                   normalise, open_dataset, parse_classes, resize_to_scale)
 from files import (Parser, Progress, UserError, clean_exit, count, natural, path as user_path,
                    positive, read_ahead, seed as seed_number, share)
@@ -1031,9 +1031,8 @@ def main(argv=None):
                 run.save(0, finished=True)
             else:
                 hypothesis = make_hypotheses(data, model, Wq, s, s.cache, device)
-                found = sum(int(hypothesis(rows).sum())
-                            for rows in torch.arange(len(data)).split(4096))
-                print(f"hypotheses: {found / len(data):.2f} classes per image")
+                some = hypothesis(evenly(len(data), 4096))
+                print(f"hypotheses: {some.sum().item() / len(some):.2f} classes per image")
                 train(s, data, model, rectifier, hypothesis, run, device)
     barrier()  # the checkpoint is there
     import evaluate  # which needs this module; it sees the checkpoint only

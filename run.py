@@ -8,7 +8,6 @@ import contextlib
 import copy
 import datetime
 import json
-import math
 import os
 import shutil
 import signal

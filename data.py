@@ -570,64 +570,62 @@ def resize_to_scale(image, scale, ratio=1.0):
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
-def photometric_distortion(image):
-    """Random brightness, contrast, saturation and hue, each with probability ½. uint8 3×H×W, same.
+def draw_colours():
+    """A random change of brightness, contrast, saturation and hue, each with probability ½.
 
-    Brightness adds up to ±32 levels; "contrast" multiplies all values by 0.5–1.5, and comes either
+    Returns the numbers for `photometric_distortion`, in the order in which it applies them:
+    brightness adds up to ±32 levels; "contrast" multiplies all values by 0.5–1.5, and comes either
     before or after the other colour steps; saturation 0.5–1.5 blends with grey (the authors scale
-    the S of HSV); hue turns by up to 18 of 180.
+    the S of HSV); hue turns by up to 18 of 180. Draws from torch's global generator.
     """
-
-    def uniform(low, high):
-        return torch.empty(()).uniform_(low, high).item()
 
     def coin():
         return torch.rand(()).item() < 0.5
 
+    def uniform(wanted, low, high, otherwise):
+        return torch.empty(()).uniform_(low, high).item() if wanted else otherwise
+
     contrast_first, contrast = coin(), coin()
-    if coin():
-        image = (image.float() + uniform(-32, 32)).clamp(0, 255).to(torch.uint8)
-    if contrast and contrast_first:
-        image = change_contrast(image, uniform(0.5, 1.5))
-    if coin():
-        image = change_saturation(image, uniform(0.5, 1.5))
-    if coin():
-        image = change_hue(image, uniform(-0.1, 0.1))
-    if contrast and not contrast_first:
-        image = change_contrast(image, uniform(0.5, 1.5))
-    return image
+    return [uniform(coin(), -32, 32, 0.0), uniform(contrast and contrast_first, 0.5, 1.5, 1.0),
+            uniform(coin(), 0.5, 1.5, 1.0), uniform(coin(), -0.1, 0.1, 0.0),
+            uniform(contrast and not contrast_first, 0.5, 1.5, 1.0)]
 
 
-def change_contrast(image, factor):
-    """All values times a factor, cut off at 255. uint8 3×H×W, same."""
-    return (image * factor).clamp_(0, 255).to(torch.uint8)
+def photometric_distortion(images, colours):
+    """Change the colours of a batch of images, each as `draw_colours` says, on their device.
+
+    images: uint8 B×3×H×W; colours: float32 B×5. Returns uint8 B×3×H×W; zeros, as in padding, may
+    have changed.
+    """
+    brightness, contrast, saturation, hue, last = colours.T[..., None, None, None]  # each B×1×1×1
+    images = levels(images + brightness)
+    images = levels(images * contrast)
+    images = levels(images * saturation + to_grey(images)[:, None] * (1 - saturation))
+    images = torch.where(hue == 0, images, change_hue(images, hue))
+    return levels(images * last)
 
 
-def change_saturation(image, factor):
-    """A blend of the picture and its grey, 0: grey, 1: as it is. uint8 3×H×W, same."""
-    mixed = (image * factor).add_(to_grey(image), alpha=1 - factor)
-    return mixed.clamp_(0, 255).to(torch.uint8)
+def levels(images):
+    """Any numbers as levels of brightness: whole, 0 to 255, uint8."""
+    return images.clamp(0, 255).to(torch.uint8)
 
 
-def change_hue(image, share):
-    """Turn the hue by a share of the full circle, in HSV. uint8 3×H×W, same."""
-    rgb = image * (1 / 255)
-    low, v = rgb.amin(0), rgb.amax(0)
-    spread, grey = v - low, v == low
-    red, green, blue = (v - rgb).div_(spread.masked_fill(grey, 1))
-    s = spread / v.masked_fill(grey, 1)
-    sixth = torch.where(v == rgb[0], blue - green,
-                        torch.where(v == rgb[1], 2 + red - blue, 4 + green - red))
-    h = sixth.mul_(1 / 6).add_(1).fmod_(1).add_(share).remainder_(1).mul_(6)
-    corner = h.floor()
-    part = (h - corner).mul_(s)  # way between two of the circle's six corners, times s
-    values = torch.stack([v, (1 - s) * v, (1 - part) * v, (part + (1 - s)) * v]).clamp_(0, 1)
-    corners = torch.tensor([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]])
-    return values.gather(0, corners[:, corner.int().remainder_(6)]).mul_(255.999).to(torch.uint8)
+def change_hue(images, share):
+    """Turn the hue by a share of the full circle, in HSV: uint8 B×3×H×W, B×1×1×1 → same."""
+    rgb = images / 255
+    low, v = rgb.amin(1, keepdim=True), rgb.amax(1, keepdim=True)
+    chroma = v - low
+    red, green, blue = ((v - rgb) / chroma.masked_fill(chroma == 0, 1)).split(1, 1)
+    h = torch.where(v == rgb[:, :1], blue - green,
+                    torch.where(v == rgb[:, 1:2], 2 + red - blue, 4 + green - red)) + 6 * share
+    # A channel is v where its own hue is near, v less the chroma where it is far.
+    places = torch.tensor([5.0, 3.0, 1.0], device=h.device)[:, None, None]
+    way = (h + places).remainder(6)
+    return levels(255.999 * (v - chroma * torch.minimum(way, 4 - way).clamp(0, 1)))
 
 
-def training_view(image, scale, crop, ratio=(0.5, 2.0), distort=True):
-    """A random square of an image: resized, cropped, flipped, distorted, padded.
+def training_view(image, scale, crop, ratio=(0.5, 2.0)):
+    """A random square of an image: resized, cropped, flipped, padded.
 
     image: uint8 3×H×W. scale: as in `resize_to_scale`, times a random number within `ratio`.
     Returns (uint8 3×crop×crop, (h, w)): the view proper lies in the top left h×w pixels, the rest
@@ -640,8 +638,6 @@ def training_view(image, scale, crop, ratio=(0.5, 2.0), distort=True):
     image = image[:, top:top + crop, left:left + crop]
     if torch.rand(()).item() < 0.5:
         image = image.flip(-1)
-    if distort:
-        image = photometric_distortion(image)
     height, width = image.shape[-2:]
     return F.pad(image, (0, crop - width, 0, crop - height)), (height, width)
 
@@ -670,8 +666,9 @@ def padding(sizes, H, W):
 class TrainingViews(torch.utils.data.Dataset):
     """Training views of a SegmentationData, never its labels; indexed by (epoch, index).
 
-    An item is a dict: view uint8 3×crop×crop, size int64 (h, w), index int. It depends on
-    (seed, epoch, id of the image) alone: not on workers, processes, order or interruptions.
+    An item is a dict: view uint8 3×crop×crop, size int64 (h, w), index int, and with `distort`
+    colours float32 5, for `photometric_distortion` of whole batches, on a GPU if there is one. It
+    depends on (seed, epoch, id of the image) alone: not on workers, processes or interruptions.
     """
 
     def __init__(self, data, scale, crop, ratio=(0.5, 2.0), distort=True, seed=0):
@@ -688,8 +685,9 @@ class TrainingViews(torch.utils.data.Dataset):
             # not torch.manual_seed: that would also reset the generators of the GPUs
             torch.default_generator.manual_seed(
                 draw_seed(self.seed, epoch, self.data.ids[index], "view"))
-            view, size = training_view(image, self.scale, self.crop, self.ratio, self.distort)
-        return {"view": view, "size": torch.tensor(size), "index": index}
+            view, size = training_view(image, self.scale, self.crop, self.ratio)
+            colours = dict(colours=torch.tensor(draw_colours())) if self.distort else {}
+        return dict(view=view, size=torch.tensor(size), index=index, **colours)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ from reclip import (PAPER, ROWS, Decoder, PositionLogits, best_name, classify, c
                     make_hypotheses, masked_pooling, open_rectified, resized_positions)
 from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, folder_lock,
                  leave_processes, load_backbone, load_checkpoint, make_folder, make_views,
-                 mean_over_processes, network_facts, one_first, parallel, pick_device, plain,
-                 to_device, use_amp, world)
+                 mean_over_processes, network_facts, one_first, parallel, passed_on, pick_device,
+                 plain, to_device, use_amp, views_on, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -491,12 +491,11 @@ def train(s, data, teacher, student, hypothesis, run, device):
 
     def taught(batch):
         """A batch of views on the device, with the teacher's Z and labels, in small types."""
-        batch = {key: to_device(value, device) for key, value in batch.items()}
-        Z, labels = teach(teacher, batch["view"], batch["size"], s.pd, s.pd_temperature,
-                          s.ignore_below, s.amp)
+        view, size = views_on(device, batch)
+        Z, labels = teach(teacher, view, size, s.pd, s.pd_temperature, s.ignore_below, s.amp)
         if s.use_ground_truth_void:
-            labels = labels.masked_fill(batch["void"], VOID)
-        return dict(view=batch["view"], size=batch["size"].short(),
+            labels = labels.masked_fill(to_device(batch["void"], device), VOID)
+        return dict(view=view, size=size.short(),
                     Z=Z.half() if s.views else Z, labels=labels.to(torch.uint8))
 
     Wq, names = teacher.rectifier.Wq, teacher.rectifier.names
@@ -677,8 +676,7 @@ def main(argv=None):
     barrier()  # the checkpoint is there
 
     import evaluate  # which needs this module; it sees the checkpoints only
-    options = ["--device", s.device, "--workers", str(s.workers), "--amp" if s.amp else "--no-amp"]
-    options += ["--data-root", str(s.data_root)] if s.data_root else []
+    options = passed_on(s)
     results = evaluate.main(["--checkpoint", str(s.out / "distill.pt"), *options])
     if results:  # else there are no labels to compare with
         stage = "maskclip" if t.method == "maskclip" else "rectified"

@@ -436,8 +436,8 @@ def _is_ours(path):
 
 
 def to_grey(image):
-    """The brightness of a picture in whole levels: uint8 3×H×W → float32 H×W."""
-    red, green, blue = image
+    """The brightness of a picture in whole levels: uint8 …×3×H×W → float32 …×H×W."""
+    red, green, blue = image.unbind(-3)
     return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
 
 

@@ -13,7 +13,6 @@ import math
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.v2 import functional as TF
 
 from data import VOID, evenly, legend, overlay, picture_sheet, resize_to_scale, visible
 
@@ -401,6 +400,7 @@ def beside(pictures, gap=18):
 
 def with_legend(image, mask, colours, entries, longest=1000, least=420):
     """The overlay of a mask on its image above a legend, `least` to `longest` pixels wide; PIL."""
+    from torchvision.transforms.v2 import functional as TF  # takes seconds to import
     factor = min(longest / max(image.shape[1:]), max(1, least / image.shape[2]))
     size = [max(1, round(side * factor)) for side in image.shape[1:]]
     mask = TF.resize(mask[None], size, TF.InterpolationMode.NEAREST_EXACT)[0]

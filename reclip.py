@@ -16,7 +16,6 @@ Maps are channels-first (Z: B×D×h×w; logits: B×C×h×w), text features are r
 import argparse
 import copy
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,10 @@ from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TE
                   normalise, open_dataset, parse_classes, resize_to_scale)
 from files import (Parser, Progress, UserError, clean_exit, count, natural, path as user_path,
                    positive, read_ahead, seed as seed_number, share)
-from run import (Batches, Run, as_checkpoint, ask_once, barrier, clip_fingerprint, folder_lock,
-                 image_encoder, leave_processes, load_checkpoint, load_clip, make_folder,
-                 make_views, network_facts, parallel, pick_device, plain, rank, to_device, use_amp,
-                 usual_surgery, world)
+from run import (Batches, Run, as_checkpoint, ask_once, barrier, clip_fingerprint, cores_each,
+                 folder_lock, image_encoder, leave_processes, load_checkpoint, load_clip,
+                 make_folder, make_views, network_facts, parallel, passed_on, pick_device, plain,
+                 rank, to_device, use_amp, usual_surgery, views_on, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -225,7 +224,7 @@ class Reference(nn.Module):
         prefix = torch.cat([self.start, self.prompt])
         if self.layout is None or self.layout[0].device != prefix.device:
             self.layout = shared_layout(len(prefix), self.suffix)
-        return encode_shared_prefix(model, prefix, self.suffix, self.layout)
+        return encode_shared_prefix(model, prefix, self.suffix, self.layout).float()
 
     def forward(self, model):
         Wr = self.encode(model)
@@ -652,7 +651,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     """Learn the bias of CLIP on `data` (Sec. IV-A).
 
     s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
-    images are opened; hypothesis: a function, indices of B images → bool B×C; run: the Run to go on.
+    images are opened; hypothesis: a function, indices of B images → bool B×C; run: the Run.
     """
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay, fused=True)
@@ -663,7 +662,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     p = resized_positions(visual, grid, grid)
 
     def encode(batch):
-        view, size = (to_device(batch[key], device) for key in ("view", "size"))
+        view, size = views_on(device, batch)
         with torch.set_grad_enabled(s.tune_encoder):
             return encode_views(visual, view, s.preset, s.surgery, s.sigma, s.amp, size)
 
@@ -674,6 +673,16 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     # A surgery without the MLP of the encoder's last block leaves its parameters without gradient.
     idle = s.tune_encoder and not SURGERIES[s.surgery]["rest"]
     network = parallel(rectifier.train(), device, idle)
+
+    def loss_of(features, p, present, noise):
+        with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+            Wq, Wr = rectifier.texts(model)
+        return rectification_loss(network, features, p, Wq, Wr, present, noise, s.tau,
+                                  s.mask_temperature, s.pooling)
+
+    if s.graph:  # a GPU is faster with a step's kernels than Python is with their launches
+        rectifier.texts(model)  # counts the tokens, which no graph can, and keeps their layout
+        loss_of = torch.compile(loss_of, mode="reduce-overhead", dynamic=False)
     with run:
         for step, batch in run.steps(read_ahead(views, batches, s.workers)):
             epoch = step // batches.per_epoch
@@ -682,13 +691,11 @@ def train(s, data, model, rectifier, hypothesis, run, device):
             features = to_device(batch["features"], device).float() if s.views else encode(batch)
             if s.tune_encoder:
                 p = resized_positions(visual, grid, grid)
-            Wq, Wr = rectifier.texts(model)
             present = to_device(hypothesis(batch["index"]), device)
             seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel")
                      for i in batch["index"].tolist()]
             noise = gumbel_noise((len(data.classes), grid, grid), seeds, device)
-            loss = rectification_loss(network, features, p, Wq, Wr, present, noise, s.tau,
-                                      s.mask_temperature, s.pooling) * batches.weight(step)
+            loss = loss_of(features, p, present, noise) * batches.weight(step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -778,9 +785,8 @@ def make_hypotheses(data, model, Wq, s, folder, device):
 
     def hypothesis(indices):
         scores = torch.from_numpy(records["scores"][np.asarray(indices)]).double()
-        if crops:
-            return crop_hypothesis(scores, s.threshold)
-        return global_hypothesis(scores, s.threshold, s.top)
+        return (crop_hypothesis(scores, s.threshold) if crops else
+                global_hypothesis(scores, s.threshold, s.top))
 
     return hypothesis
 
@@ -824,8 +830,7 @@ def open_rectified(path, device="cpu", source=None):
 
 def plain_maskclip(model, classes, settings):
     """RectifiedCLIP that rectifies nothing: MaskCLIP with C class names, without a checkpoint."""
-    Wq = query_features(model, classes)
-    rectifier = Rectifier(model, classes, Wq, *METHODS["maskclip"])
+    rectifier = Rectifier(model, classes, query_features(model, classes), *METHODS["maskclip"])
     return RectifiedCLIP(model, rectifier, None, classes, settings)
 
 
@@ -914,6 +919,7 @@ def parse_arguments(argv):
     flag("--seed", type=seed_number, default=0)
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU)")
+    flag("--graph", action="store_true", help="compile a step into a CUDA graph")
     flag("--workers", type=natural, help="processes that read images (default: one a core)")
     flag = parser.add_argument_group("values of the recipe (default: as published)").add_argument
     flag("--clip", help="a name (ViT-B/16) or a file")
@@ -955,9 +961,7 @@ def settings_of(args):
     s = argparse.Namespace(**vars(args) | recipe(**given))
     if "epochs" in given and "schedule" not in given:
         s.schedule = max(s.schedule, s.epochs)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    each = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    s.workers = given.get("workers", 0 if s.dataset == "shapes" else each)
+    s.workers = given.get("workers", 0 if s.dataset == "shapes" else cores_each())
     if s.batch < world():
         if "batch" in given:
             raise UserError(f"--batch is {s.batch}, for {world()} processes; expected one image "
@@ -1002,6 +1006,8 @@ def main(argv=None):
     device = pick_device(args.device)
     s = settings_of(args)
     s.amp, s.device = use_amp(args.amp, device), str(device)
+    if s.graph and (device.type != "cuda" or world() > 1):
+        raise UserError("--graph needs a CUDA device, and a single process")
     classes = None if args.classes is None else parse_classes(args.classes)
     if s.download and rank() == 0:
         download(s.dataset, s.data_root)
@@ -1036,12 +1042,7 @@ def main(argv=None):
                 train(s, data, model, rectifier, hypothesis, run, device)
     barrier()  # the checkpoint is there
     import evaluate  # which needs this module; it sees the checkpoint only
-    options = ["--device", s.device, "--workers", str(s.workers), "--clip", s.clip,
-               "--amp" if s.amp else "--no-amp"]
-    options += ["--data-root", str(s.data_root)] if s.data_root else []
-    options += ["--labels", str(s.labels)] if s.labels else []
-    options += ["--labels-offset", str(s.labels_offset)] if s.labels_offset else []
-    evaluate.main(["--checkpoint", str(run.path), *options])
+    evaluate.main(["--checkpoint", str(run.path), *passed_on(s)])
 
 
 if __name__ == "__main__":

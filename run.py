@@ -25,7 +25,7 @@ from torch import nn
 import clip
 from clip.model import MLP, Attention
 from clip.weights import read_weights
-from data import draw_seed
+from data import draw_seed, photometric_distortion
 from files import Progress, UserError, fingerprint, printable, read_ahead, write_text
 
 try:
@@ -428,7 +428,7 @@ def checkpoint_in(path, *names):
 # What may change when resuming: the machine, and where things are. Weights are told apart by
 # their fingerprints.
 MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "download", "clip", "teacher",
-           "labels", "labels_offset"}
+           "labels", "labels_offset", "graph"}
 ADDED = dict(sigma=5.0, heads=None, train_split="train")  # what older checkpoints do not say
 
 
@@ -608,6 +608,30 @@ def pick_device(name=None):
 def to_device(x, device):
     """A CPU tensor on a device, without waiting for what a GPU is at."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def cores_each():
+    """The cores of this machine that are there for each of its processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def passed_on(s):
+    """Settings that the evaluation after a training is given too, as a command line."""
+    options = ["--amp" if s.amp else "--no-amp"]
+    for name in ("device", "workers", "clip", "data_root", "labels", "labels_offset"):
+        if getattr(s, name, None) is not None:
+            options += [f"--{name.replace('_', '-')}", str(getattr(s, name))]
+    return options
+
+
+def views_on(device, batch):
+    """The views of a batch of TrainingViews and their sizes, coloured on the device: B×3×H×W, B×2.
+    """
+    view, size = (to_device(batch[key], device) for key in ("view", "size"))
+    if "colours" in batch:
+        view = photometric_distortion(view, to_device(batch["colours"], device))
+    return view, size
 
 
 def use_amp(given, device):

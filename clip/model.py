@@ -8,6 +8,7 @@ are batch-first, B x n x width.
 
 import math
 from collections import OrderedDict
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -140,15 +141,15 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.input_resolution = input_resolution
         self.output_dim = output_dim
-        patches = (input_resolution // patch_size) ** 2
-        scale = width ** -0.5
+        tokens, scale = (input_resolution // patch_size) ** 2 + 1, width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=scale))
+        self.positional_embedding = nn.Parameter(
+            nn.init.normal_(torch.empty(tokens, width), std=scale))
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, activation=activation)
         self.ln_post = LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+        self.proj = nn.Parameter(nn.init.normal_(torch.empty(width, output_dim), std=scale))
 
     def forward(self, image):
         """B x 3 x R x R, R being `input_resolution` -> B x D."""
@@ -181,7 +182,6 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outplanes)
         self.relu3 = nn.ReLU(inplace=True)
         nn.init.zeros_(self.bn3.weight)      # every block starts as its shortcut
-
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
             self.downsample = nn.Sequential(OrderedDict([
@@ -207,7 +207,8 @@ class AttentionPool2d(nn.Module):
             raise ValueError(f"{heads} attention heads do not divide a width of {width}")
         self.num_heads = heads
         std = width ** -0.5
-        self.positional_embedding = nn.Parameter(std * torch.randn(grid ** 2 + 1, width))
+        positions = torch.empty(grid ** 2 + 1, width)
+        self.positional_embedding = nn.Parameter(nn.init.normal_(positions, std=std))
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -244,7 +245,6 @@ class ModifiedResNet(nn.Module):
         self.bn3 = nn.BatchNorm2d(width)
         self.relu3 = nn.ReLU(inplace=True)
         self.avgpool = nn.AvgPool2d(2)
-
         self.layer1 = make_stage(width, width, layers[0])
         self.layer2 = make_stage(4 * width, 2 * width, layers[1], stride=2)
         self.layer3 = make_stage(8 * width, 4 * width, layers[2], stride=2)
@@ -389,7 +389,8 @@ def build_model(state_dict, vision_heads=None, text_heads=None, activation="quic
                          "their number with --heads (heads=N in clip.load)")
     sizes |= dict(vision_heads=vision_heads, transformer_heads=text_heads or stored_text
                   or default_heads(sizes["transformer_width"]))
-    with torch.device("meta"):               # no memory and no random numbers for nothing
+    # No memory and no random numbers for nothing; on "meta", normal_ would import the compiler.
+    with torch.device("meta"), mock.patch.object(nn.init, "normal_", lambda x, **_: x):
         model = CLIP(**sizes, activation=activation)
     check_state_dict(state, model.state_dict())
     model.load_state_dict(state, assign=True)

@@ -10,9 +10,11 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,26 +38,13 @@ from run import Run, load_checkpoint  # noqa: E402
 LONG = bool(os.environ.get("RECLIP_LONG"))  # run the long forms of test_fuzz and test_worst_day
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long; leave out with -m 'not slow'")
-    config.addinivalue_line("markers", "long: takes minutes; runs only with RECLIP_LONG=1")
-
-
-def pytest_unconfigure(config):
-    gc.unfreeze()  # see collect_garbage
-
-
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("long") and not LONG:
-        pytest.skip("long: runs with RECLIP_LONG=1")
-
-
 @pytest.fixture(autouse=True)
 def collect_garbage():
     """A caught exception holds the frames, and the models in them, until the collector comes by."""
     gc.freeze()  # what is there already need not be looked through each time
     yield
     gc.collect()
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +60,6 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", local)
 
 
-# ---- Values ------------------------------------------------------------------------------------
-
-
 def golden(name):
     """The recorded dictionary; its state dicts are float16, which .float() restores exactly."""
     with gzip.open(GOLDEN / f"{name}.pt.gz") as file:
@@ -85,6 +71,11 @@ def golden_clip():
     recorded = golden("dense")
     model = build_model(golden("clip_vit")["state_dict"]).requires_grad_(False)
     return model, recorded, reclip.dense_features(model.visual, recorded["images"])
+
+
+def normal(*shape, seed=0):
+    """Numbers of a normal distribution, the same ones at every call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_close(actual, expected, tolerance=1e-4):
@@ -104,11 +95,14 @@ def same(a, b):
 
 def raising(error):
     """A function that raises an error, whatever it is called with."""
+    return Mock(side_effect=error)
 
-    def fail(*args, **kwargs):
-        raise error
 
-    return fail
+def refuses(message, function, *args, error=data.UserError, **options):
+    """Assert that a call ends with an error whose text the message, a pattern, is found in."""
+    with pytest.raises(error, match=message) as caught:
+        function(*args, **options)
+    return str(caught.value)
 
 
 # ---- CLIP --------------------------------------------------------------------------------------
@@ -180,11 +174,25 @@ def save(path, pixels, mode=None):
     image.save(path)
 
 
+def picture(path, size=(60, 40), mode="RGB", seed=0, **options):
+    """Write a picture of coloured blocks."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(blocks).resize(size, 0).convert(mode).save(path, **options)
+
+
+def bits_flipped(content, draw, count, spans=None):
+    """Bytes, some bits flipped, each among the first bytes: as many as one of `spans`, or all."""
+    content = bytearray(content)
+    for _ in range(count if content else 0):
+        content[draw.randrange(draw.choice(spans or [len(content)]))] ^= 1 << draw.randrange(8)
+    return bytes(content)
+
+
 def mat_element(order, kind, content):
     """An element of a MAT 5 file: small ones packed into eight bytes, others padded."""
     if 0 < len(content) <= 4:
-        words = (len(content) << 16 | kind,)
-        return struct.pack(order + "I", *words) + content.ljust(4, b"\0")
+        return struct.pack(order + "I", len(content) << 16 | kind) + content.ljust(4, b"\0")
     return struct.pack(order + "II", kind, len(content)) + content + b"\0" * (-len(content) % 8)
 
 
@@ -206,25 +214,22 @@ def mat_file(path, name, array, order="<", compressed=True, stored=None, mat_cla
 @pytest.fixture
 def voc_root(tmp_path):
     """VOC's tree with three photographs: two to train on, one to evaluate."""
-    shutil.copytree(REAL / "VOCdevkit", tmp_path / "voc" / "VOCdevkit")
-    return tmp_path / "voc"
+    return shutil.copytree(REAL / "VOCdevkit", tmp_path / "voc" / "VOCdevkit").parent
 
 
 @pytest.fixture
 def cityscapes_root(tmp_path):
     """Cityscapes' tree with one street scene, to train on and to evaluate."""
-    shutil.copytree(REAL / "cityscapes", tmp_path / "cityscapes")
+    root = shutil.copytree(REAL / "cityscapes", tmp_path / "cityscapes")
     for folder in ("leftImg8bit", "gtFine"):
-        shutil.copytree(REAL / "cityscapes" / folder / "val",
-                        tmp_path / "cityscapes" / folder / "train")
-    return tmp_path / "cityscapes"
+        shutil.copytree(root / folder / "val", root / folder / "train")
+    return root
 
 
 @pytest.fixture
 def photos(tmp_path):
     """A folder of photographs alone."""
-    shutil.copytree(REAL / "VOCdevkit" / "VOC2012" / "JPEGImages", tmp_path / "photos")
-    return tmp_path / "photos"
+    return shutil.copytree(REAL / "VOCdevkit/VOC2012/JPEGImages", tmp_path / "photos")
 
 
 class SmallShapes(data.Shapes):
@@ -240,15 +245,29 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(data, "Shapes", SmallShapes)
 
 
+def demo_command(script, out="run"):
+    """The command that makes reclip.pt or distill.pt of `trained_demo` in a folder."""
+    return {reclip: (reclip.main, "--out", out, "--epochs", 3),
+            distill: (distill.main, "--teacher", f"{out}/reclip.pt", "--epochs", 1)}[script]
+
+
 @pytest.fixture(scope="session")
 def trained_demo(tmp_path_factory):
     """A folder with reclip.pt and distill.pt of the small demo, hardly trained; to read only."""
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "Shapes", SmallShapes)
-        run(reclip.main, "--out", out, "--epochs", 3)
-        run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
+        run(*demo_command(reclip, out))
+        run(*demo_command(distill, out))
     return out
+
+
+@pytest.fixture
+def demo_copy(trained_demo, small_demo, tmp_path, monkeypatch):
+    """`trained_demo` to write to, which is "run" in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained_demo, "run")
+    return Path("run")
 
 
 TABLES = (
@@ -271,10 +290,9 @@ def few_tables(patch):
     patch.setattr(evaluate, "linear_probe", lambda *args: probe(*args[:3], 2))
     patch.setattr(tables, "TABLES", TABLES)
     patch.setattr(tables, "STAGES", {})
-    for name, kept in ("RECTIFIED", ("maskclip", "reclip++", "global")), ("DISTILLED",
-                                                                          ("reclip++-mask",)):
-        values = getattr(tables, name)
-        patch.setattr(tables, name, {key: values[key] for key in kept})
+    patch.setattr(tables, "RECTIFIED", {name: tables.RECTIFIED[name]
+                                        for name in ("maskclip", "reclip++", "global")})
+    patch.setattr(tables, "DISTILLED", {"reclip++-mask": tables.DISTILLED["reclip++-mask"]})
     patch.setitem(tables.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
 
 
@@ -292,6 +310,13 @@ def run(main, *arguments):
     """A script's main() on the CPU; arguments may be of any type."""
     device = () if main is data.main or "--device" in arguments else ("--device", "cpu")
     return main([str(a) for a in (*arguments, *device)])
+
+
+def python(*arguments, cwd=REPOSITORY, **environment):
+    """Run the interpreter, which imports from the repository; what comes of it."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
+                          text=True, capture_output=True, timeout=600)
 
 
 @pytest.fixture
@@ -322,16 +347,16 @@ def mistake(capsys):
     return mistake
 
 
-def interrupt(patch, step):
-    """Training ends abruptly after a step; patch: a MonkeyPatch. Each epoch saves a checkpoint."""
-    after = Run.after
+def interrupt(patch, step, method="after"):
+    """Training ends in a step, after a method of Run; each epoch saves a checkpoint."""
+    original = getattr(Run, method)
 
     def stop(self, number, *args, **kwargs):
-        after(self, number, *args, **kwargs)
+        original(self, number, *args, **kwargs)
         if number == step:
             raise KeyboardInterrupt
 
-    patch.setattr(Run, "after", stop)
+    patch.setattr(Run, method, stop)
     # as if an epoch took longer than ten seconds
     patch.setattr(Run, "due", lambda run, epoch_ends: epoch_ends)
 
@@ -342,12 +367,19 @@ def learned(out, name="reclip.pt"):
     return {key: checkpoint[key] for key in ("state", "Wr", "optimizer", "step", "finished")}
 
 
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def results(out):
-    """results.json of a run's folder."""
     return json.loads((out / "results.json").read_text())
+
+
+def predictions(out="out"):
+    return json_lines(Path(out, "predictions.jsonl"))
 
 
 def log(out):
     """log.jsonl of a run's folder, without what depends on the clock."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "waited_s")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "waited_s")}
+            for row in json_lines(out / "log.jsonl")]

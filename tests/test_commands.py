@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +18,18 @@ import evaluate
 import reclip
 from clip import pretrain
 from clip.model import CLIP
-from conftest import REPOSITORY, interrupt, learned, log, raising, results, run, same
-from run import FixedViews, Run, load_checkpoint
+from conftest import (REPOSITORY, demo_command, interrupt, learned, log, python, raising, results,
+                      run, same)
+from run import FixedViews, load_checkpoint
 
-QUICK = ("--epochs", 2, "--workers", 0)
 STAGES = ["maskclip", "rectified", "rectified_no_pd"]  # of a recipe with prompt denoising
 
 
 @pytest.fixture
-def rectify(voc_root, clip_file, tmp_path):
+def rectify(demo, voc_root, clip_file):
     """rectify(*arguments, out=…) → the folder of a short run on the photographs of VOC's layout."""
-
-    def rectify(*arguments, out="run"):
-        run(reclip.main, "--dataset", "voc", "--data-root", voc_root, "--clip", clip_file, "--out",
-            tmp_path / out, *QUICK, *arguments)
-        return tmp_path / out
-
-    return rectify
+    return functools.partial(demo, "--dataset", "voc", "--data-root", voc_root, "--clip", clip_file,
+                             "--workers", 0)
 
 
 def check_results(out, classes, stages):
@@ -51,8 +44,9 @@ def check_results(out, classes, stages):
     return found
 
 
-def test_voc_from_hypotheses_to_miou(rectify, capsys):
-    out = rectify()
+def test_voc_from_hypotheses_to_miou(rectify, voc_root, clip_file, tmp_path, capsys):
+    here = shutil.copy(clip_file, tmp_path / "here.pt")
+    out = rectify("--clip", here)
     votes = np.load(out / "hypotheses.npy")["scores"]
     assert votes.shape == (2, 20) and votes.sum(1).tolist() == [121, 121]
     assert learned(out)["step"] == 4 and learned(out)["finished"]
@@ -62,23 +56,16 @@ def test_voc_from_hypotheses_to_miou(rectify, capsys):
     assert "mIoU" in said and "tv monitor" in said and "hypotheses:" in said
     # The same command again trains nothing and prints the same table.
     before = results(out), log(out)
-    assert (results(rectify()), log(out)) == before
+    assert (results(rectify("--clip", here)), log(out)) == before
     assert said.count("\nmIoU") == capsys.readouterr().out.count("\nmIoU") == 1
+    # So it does when things have moved.
+    there = here.rename(tmp_path / "there.pt")
+    moved = voc_root.rename(tmp_path / "moved")
+    assert results(rectify("--clip", there, "--data-root", moved)) == before[0]
 
 
-def test_a_finished_run_is_repeated_when_things_have_moved(rectify, voc_root, clip_file, tmp_path):
-    here, there = tmp_path / "here.pt", tmp_path / "there.pt"
-    shutil.copy(clip_file, here)
-    before = results(rectify("--clip", here))
-    here.rename(there)
-    voc_root.rename(tmp_path / "moved")
-    assert results(rectify("--clip", there, "--data-root", tmp_path / "moved")) == before
-
-
-def test_cityscapes_in_both_encodings(cityscapes_root, clip_file, tmp_path):
-    out = tmp_path / "run"
-    arguments = ("--dataset", "cityscapes", "--data-root", cityscapes_root)
-    run(reclip.main, *arguments, "--clip", clip_file, "--out", out, *QUICK)
+def test_cityscapes_in_both_encodings(cityscapes_root, rectify):
+    out = rectify("--dataset", "cityscapes", "--data-root", cityscapes_root)
     assert np.load(out / "hypotheses.npy")["scores"].sum(1).tolist() == [121]
     before = check_results(out, data.CLASSES["cityscapes"], STAGES)
     for path in cityscapes_root.rglob("*_labelTrainIds.png"):
@@ -90,10 +77,8 @@ def test_cityscapes_in_both_encodings(cityscapes_root, clip_file, tmp_path):
         assert again[name]["miou"] == pytest.approx(result["miou"], abs=0.1)
 
 
-def test_folder_trains_on_photographs_alone(photos, clip_file, tmp_path, capsys):
-    out = tmp_path / "run"
-    run(reclip.main, "--dataset", "folder", "--data-root", photos, "--classes", "cat, dog, sofa",
-        "--clip", clip_file, "--out", out, *QUICK)
+def test_folder_trains_on_photographs_alone(photos, rectify, capsys):
+    out = rectify("--dataset", "folder", "--data-root", photos, "--classes", "cat, dog, sofa")
     assert learned(out)["step"] == 6 and len(learned(out)["state"]["Wq"]) == 3
     assert capsys.readouterr().out.splitlines()[-1] == (
         "folder has no labels to compare with; masks of images: python evaluate.py --checkpoint "
@@ -103,7 +88,7 @@ def test_folder_trains_on_photographs_alone(photos, clip_file, tmp_path, capsys)
     assert capsys.readouterr().out.startswith("folder has no labels to compare with; masks of")
 
 
-def test_vit_b16(voc_root, cityscapes_root, tmp_path, monkeypatch):
+def test_vit_b16(rectify, voc_root, cityscapes_root, tmp_path, monkeypatch):
     """The same path with the sizes of ViT-B/16; few templates and crops, for the sake of time."""
     torch.manual_seed(0)
     model = CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12)
@@ -112,10 +97,9 @@ def test_vit_b16(voc_root, cityscapes_root, tmp_path, monkeypatch):
     few = functools.partial(reclip.query_features, templates=["a photo of a {}.", "the {}."])
     monkeypatch.setattr(reclip, "query_features", few)
     for name, root in ("voc", voc_root), ("cityscapes", cityscapes_root):
-        out = tmp_path / f"{name}-run"
-        run(reclip.main, "--dataset", name, "--data-root", root, "--clip", tmp_path / "clip.pt",
-            "--out", out, "--crop-ratio", 1, "--epochs", 1, "--workers", 0, "--batch", 1,
-            "--scale", 400, 96, "--crop", 96)
+        out = rectify("--dataset", name, "--data-root", root, "--clip", tmp_path / "clip.pt",
+                      "--crop-ratio", 1, "--epochs", 1, "--batch", 1, "--scale", 400, 96,
+                      "--crop", 96, out=f"{name}-run")
         state = learned(out)["state"]
         assert state["reference.prompt"].shape == (73, 512)
         assert state["position.weight"].shape == (512, 768, 1, 1)
@@ -125,8 +109,9 @@ def test_vit_b16(voc_root, cityscapes_root, tmp_path, monkeypatch):
     (tmp_path / "clip.pt").unlink()  # 300 MB, which pytest would keep
 
 
-def test_training_without_label_files_is_the_same_bit_for_bit(rectify, voc_root):
-    labelled = rectify(out="labelled")
+def test_neither_workers_nor_label_files_change_training(rectify, voc_root):
+    labelled, workers = rectify(out="labelled"), rectify("--workers", 2, out="workers")
+    assert same(learned(labelled), learned(workers)) and results(labelled) == results(workers)
     for path in voc_root.rglob("SegmentationClass/*.png"):
         path.unlink()
     unlabelled = rectify(out="unlabelled")
@@ -134,33 +119,21 @@ def test_training_without_label_files_is_the_same_bit_for_bit(rectify, voc_root)
     assert same(learned(labelled), learned(unlabelled)) and log(labelled) == log(unlabelled)
 
 
-def test_loss_falls(demo):
-    losses = [row["loss"] for row in log(demo(epochs=12))]
-    assert len(losses) == 24  # 2 batches an epoch
+def test_every_epoch_has_its_learning_rate_and_the_loss_falls(demo):
+    rows = log(demo("--schedule", 32, epochs=12))
+    assert [row["step"] for row in rows] == [*range(1, 25)]  # 2 batches an epoch
+    expected = [0.03 * (1 - n // 2 / 32) ** 0.9 for n in range(24)]
+    assert [row["lr"] for row in rows] == pytest.approx(expected)
+    losses = [row["loss"] for row in rows]
+    assert len(losses) == 24
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
-def test_every_batch_and_epoch_has_its_learning_rate(demo):
-    rows = log(demo("--schedule", 8, epochs=3))
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    expected = [0.03 * (1 - epoch / 8) ** 0.9 for epoch in (0, 0, 1, 1, 2, 2)]
-    assert [row["lr"] for row in rows] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("where", ["after an epoch", "between checkpoints"])
-def test_two_and_two_steps_are_four(demo, monkeypatch, where):
+@pytest.mark.parametrize("step, method", [(2, "save"), (3, "after")])  # which saves nothing
+def test_two_and_two_steps_are_four(demo, monkeypatch, step, method):
     whole = demo(out="whole")
-    save = Run.save
-
-    def save_and_stop(self, step, *args, **kwargs):
-        save(self, step, *args, **kwargs)
-        if step == 2:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        interrupt(patch, 3)
-        if where == "after an epoch":
-            patch.setattr(Run, "save", save_and_stop)
+        interrupt(patch, step, method)
         with pytest.raises(SystemExit, match="130"):
             demo(out="parts")
     half = learned(whole.with_name("parts"))
@@ -170,30 +143,37 @@ def test_two_and_two_steps_are_four(demo, monkeypatch, where):
     assert not same(half["state"], learned(whole)["state"])  # the other two steps do matter
 
 
-def test_workers_change_nothing(rectify):
-    here, there = rectify(out="here"), rectify("--workers", 2, out="there")
-    assert same(learned(here), learned(there)) and results(here) == results(there)
-
-
 def test_seeds_differ_and_repeat(demo):
     first, again = learned(demo(out="a")), learned(demo(out="b"))
     other = learned(demo("--seed", 1, out="c"))
     assert same(first, again) and not same(first["state"], other["state"])
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    (("--method", "reclip"), {"reference", "position"}),
-    (("--preset", "paper"), {"reference", "position", "decoder"}),
-    (("--surgery", "program"), {"reference", "position", "decoder"}),
-    (("--bias", "none"), {"decoder"}),
-    (("--no-decoder", "--add"), {"reference", "position"}),
+BOTH = ["maskclip", "rectified"]
+ALL_PARTS = {"reference", "position", "decoder"}
+
+
+@pytest.mark.parametrize("arguments, parts, stages", [
+    (("--method", "reclip"), {"reference", "position"}, BOTH),
+    (("--preset", "paper"), ALL_PARTS, BOTH),
+    (("--surgery", "program"), ALL_PARTS, BOTH),
+    (("--hypothesis", "global"), ALL_PARTS, BOTH),
+    (("--bias", "none"), {"decoder"}, BOTH),
+    (("--bias", "reference"), {"reference", "decoder"}, BOTH),
+    (("--no-decoder", "--add"), {"reference", "position"}, BOTH),
+    (("--wr-norm", "class"), ALL_PARTS, BOTH),
+    (("--pooling", "cosine"), ALL_PARTS, BOTH),
+    # what is not CLIP's any more is not called MaskCLIP
+    (("--learn-query",), ALL_PARTS | {"query"}, ["rectified"]),
+    (("--tune-encoder", "--views", 0), ALL_PARTS | {"visual"}, ["rectified"]),
 ])
-def test_methods_train_and_evaluate(demo, arguments, parts):
-    out = demo(*arguments)
-    state = learned(out)["state"]
+def test_methods_and_ablations(demo, trained_demo, arguments, parts, stages):
+    out = demo(*arguments, epochs=3)
+    state, plain = learned(out)["state"], learned(trained_demo)["state"]
     assert {key.split(".")[0] for key in state} == parts | {"Wq"}
-    before = check_results(out, list(data.SHAPES), ["maskclip", "rectified"])
-    assert before["maskclip"]["iou"] != before["rectified"]["iou"]
+    assert not same(state.get("decoder.conv.weight"), plain["decoder.conv.weight"])
+    before = check_results(out, list(data.SHAPES), stages)
+    assert stages != BOTH or before["maskclip"]["iou"] != before["rectified"]["iou"]
     again = run(evaluate.main, "--checkpoint", out / "reclip.pt")
     assert all(again[name]["iou"] == result["iou"] for name, result in before.items())
 
@@ -206,7 +186,7 @@ def test_bf16_is_close_to_float32(demo):
     miou = [results(out)["maskclip"]["miou"] for out in (whole, half)]
     assert miou[0] == pytest.approx(miou[1], abs=1)
     run(distill.main, "--teacher", half / "reclip.pt", "--epochs", 1, "--amp")
-    check_results(half, list(data.SHAPES), ["maskclip", "rectified", "distilled"])
+    check_results(half, list(data.SHAPES), [*BOTH, "distilled"])
 
 
 def test_maskclip_needs_no_training_and_has_a_preset(demo):
@@ -232,19 +212,16 @@ def test_folders_are_named_after_what_is_not_default(small_demo, tmp_path, monke
     assert (paper / "results.json").stat().st_mtime_ns == before
 
 
-def test_a_teacher_is_shown_as_its_recipe_evaluates_it(trained_demo, small_demo, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(trained_demo, out)
-
+def test_a_teacher_is_shown_as_its_recipe_evaluates_it(demo_copy, capsys):
     def said():
         capsys.readouterr()
-        run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
+        run(*demo_command(distill))
         return capsys.readouterr().out.splitlines()[-1]
 
     usual = said()
     assert re.fullmatch(r"mIoU: maskclip [\d.]+  rectified [\d.]+  distilled [\d.]+", usual)
     for other in (("--pd", 0.99), ("--split", "train")):
-        run(evaluate.main, "--checkpoint", out / "reclip.pt", *other)
+        run(evaluate.main, "--checkpoint", "run/reclip.pt", *other)
         assert said() == usual
 
 
@@ -309,38 +286,21 @@ def test_an_interrupted_cache_goes_on(demo, encoded, tmp_path):
     assert same(learned(parts), learned(whole))
 
 
-def test_a_small_disk_is_noticed_before_anything_is_written(tmp_path, small_demo, mistake,
-                                                            monkeypatch):
+def test_a_small_disk_is_noticed_before_any_view(tmp_path, small_demo, mistake, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
-    said = mistake(reclip.main, "--out", tmp_path / "run", "--epochs", 2)
+    said = mistake(*demo_command(reclip, tmp_path / "run"))
     assert "0.00 GB, and 0.00 GB are free" in said and "--views 0" in said
     assert not list((tmp_path / "run").glob("views.npy*"))
 
 
-@pytest.mark.parametrize("options, has, stages", [
-    (("--learn-query",), "query.prompt", ["rectified"]),
-    (("--tune-encoder", "--views", 0), "visual.proj", ["rectified"]),
-    (("--wr-norm", "class"), "reference.prompt", ["maskclip", "rectified"]),
-    (("--pooling", "cosine"), "reference.prompt", ["maskclip", "rectified"]),
-])
-def test_each_ablation_changes_the_result_and_is_evaluated(demo, options, has, stages):
-    plain = learned(demo(out="plain"))["state"]
-    out = demo(*options, out="changed")
-    state = learned(out)["state"]
-    assert has in state and not torch.equal(state["decoder.conv.weight"],
-                                            plain["decoder.conv.weight"])
-    assert list(results(out)) == stages  # what is not CLIP's any more is not called MaskCLIP
-
-
-def test_a_learned_query_moves_and_is_what_is_evaluated(demo):
-    model = reclip.load_clip("shapes-tiny")
+def test_a_learned_query_moves_and_is_what_is_evaluated(demo, tiny_clip):
     checkpoint = load_checkpoint(demo("--learn-query") / "reclip.pt")
     classes, Wq = checkpoint["classes"], checkpoint["state"]["Wq"]
-    start = reclip.Reference(model, classes, "a photo of a")
-    unit = lambda: torch.nn.functional.normalize(start.encode(model), dim=1)
+    start = reclip.Reference(tiny_clip, classes, "a photo of a")
+    unit = lambda: torch.nn.functional.normalize(start.encode(tiny_clip), dim=1)
     with torch.no_grad():
         # at first it is the plain prompt "a photo of a NAME"
-        prompts = reclip.query_features(model, classes, ["a photo of a {}"])
+        prompts = reclip.query_features(tiny_clip, classes, ["a photo of a {}"])
         assert_close(unit(), prompts, atol=1e-5, rtol=0)
         assert (Wq - prompts).abs().max() > 1e-3
         start.load_state_dict({k.removeprefix("query."): v for k, v in checkpoint["state"].items()
@@ -358,9 +318,8 @@ def test_wr_by_row_or_by_matrix(demo):
 def test_cosine_pooling_by_hand():
     masks = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])  # B×C×h×w = 1×2×1×2
     Z = torch.tensor([[[[0.6, 0.0]], [[0.8, 1.0]]]])
-    Wq = torch.eye(2)
     expected = torch.tensor([[[0.6, 0.8], [0.0, 1.0]]])
-    assert_close(reclip.cosine_pooling(masks, Z, Wq), expected)
+    assert_close(reclip.cosine_pooling(masks, Z, torch.eye(2)), expected)
 
 
 @pytest.mark.parametrize("length, workers", [(9000, 0), (9000, 1), (0, 0)])
@@ -383,12 +342,12 @@ def test_help_works_offline(main, capsys, monkeypatch):
     assert main is pretrain.main or "--dataset" in said.out
 
 
-def python(folder, *arguments):
-    """Run the interpreter in an empty folder, which is its home as well."""
-    environment = {**os.environ, "HOME": str(folder), "PYTHONPATH": str(REPOSITORY),
-                   "PYTHONDONTWRITEBYTECODE": "1", "TORCH_HOME": str(folder)}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, text=True,
-                          capture_output=True, timeout=120)
+def without_traces(home, *arguments):
+    """Python's exit code and output; it leaves nothing in the empty folder that is its home."""
+    done = python(*arguments, cwd=home, HOME=str(home), TORCH_HOME=str(home),
+                  PYTHONDONTWRITEBYTECODE="1")
+    assert not list(home.iterdir())
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_imports_have_no_side_effects(tmp_path):
@@ -406,13 +365,10 @@ assert torch.is_grad_enabled() == default and torch.get_default_dtype() == torch
 assert clip.clip.default_tokenizer.cache_info().currsize == 0, "the vocabulary was read"
 assert not torch.cuda.is_initialized()
 """
-    done = python(tmp_path, "-c", program)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert not list(tmp_path.iterdir())
+    assert without_traces(tmp_path, "-c", program) == (0, "", "")
 
 
 def test_a_script_ends_with_one_line_and_code_2(tmp_path):
-    done = python(tmp_path, str(REPOSITORY / "evaluate.py"))
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: no checkpoint under runs/")
-    assert not list(tmp_path.iterdir())
+    code, out, err = without_traces(tmp_path, REPOSITORY / "evaluate.py")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: no checkpoint under runs/")

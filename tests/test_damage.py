@@ -5,8 +5,8 @@ memory. RECLIP_LONG=1 damages every file in every way, and opens as many records
 import argparse
 import json
 import random
-import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,82 +14,56 @@ import torch
 
 import distill
 import reclip
-from conftest import LONG, learned, results, run, same
+from conftest import LONG, bits_flipped, demo_command, learned, results, run, same
 from run import allocate, checksums, clip_fingerprint
 
-COMMANDS = {  # what made the files of `trained_demo`, where it lies in a folder "run"
-    "reclip": (reclip.main, "--epochs", 3, "--out", "run"),
-    "distill": (distill.main, "--epochs", 1, "--teacher", "run/reclip.pt"),
-}
-SHARED = ["hypotheses.npy", "hypotheses.json", "results.json", ".run.lock", ".cache.lock",
-          ".results.lock"]
+SHARED = "reclip.pt hypotheses.npy hypotheses.json results.json .run.lock .cache.lock .results.lock"
 FILES = {
-    "reclip": ["reclip.pt", "log.jsonl", "views.npy", "views.json", *SHARED],
-    "distill": ["reclip.pt", "distill.pt", "log-distill.jsonl", "views-distill.npy",
-                "views-distill.json", *SHARED],
+    reclip: f"log.jsonl views.npy views.json {SHARED}".split(),
+    distill: f"distill.pt log-distill.jsonl views-distill.npy views-distill.json {SHARED}".split(),
 }
 
 
 @pytest.fixture
-def again(trained_demo, small_demo, tmp_path, monkeypatch):
-    """again(script, damaged) → whether it trains again what `trained_demo` has: all of it, or what
-    the damaged file lets be. Its results are compared."""
-    monkeypatch.chdir(tmp_path)
+def again(demo_copy, trained_demo):
+    """again(script, name, damage): with a damaged file, all that is missing is made again."""
 
-    def again(script, damage, name):
-        shutil.rmtree("run", ignore_errors=True)
-        shutil.copytree(trained_demo, "run")
-        out = tmp_path / "run"
+    def again(script, name, damage):
+        checkpoint = f"{script.__name__}.pt"
         if not name.endswith(".pt"):  # a finished run would not open what it was trained on
-            (out / f"{script}.pt").unlink()
-        damage(out / name)
-        run(*COMMANDS[script])
-        checkpoint, stage = f"{script}.pt", dict(reclip="rectified").get(script, "distilled")
-        assert same(learned(out, checkpoint), learned(trained_demo, checkpoint))
-        assert results(out)[stage] == results(trained_demo)[stage]
+            (demo_copy / checkpoint).unlink()
+        damage(demo_copy / name)
+        run(*demo_command(script))
+        assert same(learned(demo_copy, checkpoint), learned(trained_demo, checkpoint))
+        stage = "rectified" if script is reclip else "distilled"
+        assert results(demo_copy)[stage] == results(trained_demo)[stage]
 
     return again
 
 
-# ---- Every file ----------------------------------------------------------------------------------
+DAMAGES = {  # what becomes of a file's content
+    "truncated": lambda content: content[: len(content) // 2],
+    "zeroed": lambda content: bytes(len(content)),
+    "flipped": lambda content: bits_flipped(content, random.Random(len(content)), 5),
+    "emptied": lambda content: b"",
+    "a folder": lambda content: b"something",  # is in it
+}
+CASES = [(script, name, how) for script, names in FILES.items() for name in names
+         for how in DAMAGES]
 
 
-def truncated(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+@pytest.mark.parametrize("script, name, how", CASES if LONG else random.Random(0).sample(CASES, 8))
+def test_one_line_or_made_again(again, capsys, script, name, how):
+    def damage(path):
+        content = path.read_bytes()
+        if how == "a folder":
+            path.unlink()
+            path.mkdir()
+            path /= "something"
+        path.write_bytes(DAMAGES[how](content))
 
-
-def zeroed(path):
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def flipped(path):
-    """One bit in each of five places."""
-    content, draw = bytearray(path.read_bytes()), random.Random(path.name)
-    for _ in range(5 if content else 0):
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes(content)
-
-
-def emptied(path):
-    path.write_bytes(b"")
-
-
-def a_folder(path):
-    path.unlink()
-    path.mkdir()
-    (path / "something").write_bytes(b"something")
-
-
-CASES = [(script, name, damage) for script in COMMANDS for name in FILES[script]
-         for damage in (truncated, zeroed, flipped, emptied, a_folder)]
-
-
-@pytest.mark.parametrize("script, name, damage", [
-    pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2].__name__}")
-    for case in (CASES if LONG else random.Random(0).sample(CASES, 8))])
-def test_one_line_or_made_again(again, capsys, script, name, damage):
     try:
-        again(script, damage, name)
+        again(script, name, damage)
     except SystemExit as end:
         said = capsys.readouterr().err
         assert end.code == 2 and said.count("\n") == 1 and said.startswith("error: "), said
@@ -97,10 +71,17 @@ def test_one_line_or_made_again(again, capsys, script, name, damage):
 
 
 def test_every_file_of_a_run_is_damaged(trained_demo):
-    assert {path.name for path in trained_demo.iterdir()} == {*FILES["reclip"], *FILES["distill"]}
+    assert {path.name for path in trained_demo.iterdir()} == {*FILES[reclip], *FILES[distill]}
 
 
-# ---- One record ----------------------------------------------------------------------------------
+def in_records(change):
+    """A damage: `change` is given the bytes of all records, N×B."""
+    def damage(path):
+        before, records = path.read_bytes(), np.lib.format.open_memmap(path, "r+")
+        change(records.view(np.uint8).reshape(len(records), -1))
+        records.flush()
+        assert path.read_bytes() != before
+    return damage
 
 
 def flip(record):
@@ -113,39 +94,27 @@ def zero(record):
 
 @pytest.mark.parametrize("damage", [flip, zero])
 @pytest.mark.parametrize("script, name, where", [
-    ("reclip", "views.npy", 7), ("reclip", "views.npy", 47), ("reclip", "hypotheses.npy", 11),
-    ("distill", "views-distill.npy", 30), ("distill", "hypotheses.npy", 0)])
-def test_a_damaged_record_is_made_again(again, trained_demo, tmp_path, capsys, script, name, where,
-                                        damage):
-    def damaged(path):
-        records = np.lib.format.open_memmap(path, "r+")
-        damage(records.view(np.uint8).reshape(len(records), -1)[where])
-        records.flush()
-        assert path.read_bytes() != (trained_demo / name).read_bytes()
-
-    again(script, damaged, name)
+    (reclip, "views.npy", 7), (reclip, "views.npy", 47), (reclip, "hypotheses.npy", 11),
+    (distill, "views-distill.npy", 30), (distill, "hypotheses.npy", 0)])
+def test_a_damaged_record_is_made_again(again, trained_demo, capsys, script, name, where, damage):
+    again(script, name, in_records(lambda records: damage(records[where])))
     said = capsys.readouterr().out
     assert said.count("records are damaged and made again") == 1
     assert f"run/{name}: 1 records are damaged and made again\n" in said
-    assert (tmp_path / "run" / name).read_bytes() == (trained_demo / name).read_bytes()
+    assert Path("run", name).read_bytes() == (trained_demo / name).read_bytes()
 
 
-@pytest.mark.parametrize("script, name", [("reclip", "views.npy"), ("reclip", "hypotheses.npy"),
-                                          ("distill", "views-distill.npy")])
-def test_records_lost_altogether_are_made_again(again, trained_demo, tmp_path, capsys, script,
-                                                name):
+def lose(records):
     """As after a power cut: as long as before, but part of it, checksums included, is zero."""
-    def lost(path):
-        records = np.lib.format.open_memmap(path, "r+")
-        records.view(np.uint8).reshape(len(records), -1)[3:9] = 0
-        records.flush()
+    records[3:9] = 0
 
-    again(script, lost, name)
+
+@pytest.mark.parametrize("script, name", [(reclip, "views.npy"), (reclip, "hypotheses.npy"),
+                                          (distill, "views-distill.npy")])
+def test_records_lost_altogether_are_made_again(again, trained_demo, capsys, script, name):
+    again(script, name, in_records(lose))
     assert f"{name.split('.')[0]} {len(np.load(trained_demo / name))}/" in capsys.readouterr().out
-    assert (tmp_path / "run" / name).read_bytes() == (trained_demo / name).read_bytes()
-
-
-# ---- Many records --------------------------------------------------------------------------------
+    assert Path("run", name).read_bytes() == (trained_demo / name).read_bytes()
 
 
 def test_many_images_of_many_classes_in_little_memory(tiny_clip, tmp_path):
@@ -155,8 +124,7 @@ def test_many_images_of_many_classes_in_little_memory(tiny_clip, tmp_path):
     images = argparse.Namespace(name="many", fingerprint="f", classes=[f"c{k}" for k in range(C)])
     images = type("Images", (argparse.Namespace,), {"__len__": lambda self: n})(**vars(images))
     s = argparse.Namespace(hypothesis="crops", activation="quick_gelu", crop_ratio=1 / 6, amp=False,
-                           workers=0, threshold=0.07, top=0, heads=None,
-                           learn_query=False)
+                           workers=0, threshold=0.07, top=0, heads=None, learn_query=False)
     kind = np.dtype([("scores", np.int16, (C,)), ("checksum", np.uint32)])
     path = tmp_path / "hypotheses.npy"
     allocate(path, n, kind)

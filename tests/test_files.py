@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 import data
 import files
+from conftest import REPOSITORY, python, raising, refuses, run, save
 from data import UserError
 
 
@@ -27,9 +29,7 @@ from data import UserError
 def test_values_on_a_command_line(flag, text, said):
     parser = data.Parser()
     parser.add_argument("--n", type=getattr(data, flag))
-    with pytest.raises(UserError) as error:
-        parser.parse_args(["--n"] + ([text] if text else []))
-    assert str(error.value).startswith(said)
+    refuses(f"^{re.escape(said)}", parser.parse_args, ["--n"] + ([text] if text else []))
 
 
 def test_good_values_on_a_command_line(monkeypatch):
@@ -46,13 +46,7 @@ def test_good_values_on_a_command_line(monkeypatch):
 def test_names_are_printed_escaped(capsys):
     name = "a\x1b[2J\nerror: b\udcff é.jpg"
     assert data.printable(name) == "a\\x1b[2J\\nerror: b\\udcff é.jpg"
-
-    @data.clean_exit
-    def fail():
-        raise UserError(f"no image {name}")
-
-    with pytest.raises(SystemExit):
-        fail()
+    refuses("^2$", data.clean_exit(raising(UserError(f"no image {name}"))), error=SystemExit)
     assert capsys.readouterr().err == f"error: no image {data.printable(name)}\n"
 
 
@@ -93,24 +87,20 @@ def test_reading_ahead_gives_the_same_items_in_order():
     ("disk", "error: cannot use x.jpg: Input/output error"),
     ("death", "error: a process that reads images has died")])
 def test_what_goes_wrong_in_a_worker_is_one_line(key, said, capsys):
-    with pytest.raises(SystemExit) as end:
-        data.clean_exit(lambda: list(data.read_ahead(Numbers(), [1, key, 2, 3, 4, 5], 1)))()
+    read = data.clean_exit(lambda: list(data.read_ahead(Numbers(), [1, key, 2, 3, 4, 5], 1)))
+    refuses("^2$", read, error=SystemExit)
     err = capsys.readouterr().err
-    assert end.value.code == 2 and err.startswith(said) and err.count("\n") == 1
+    assert err.startswith(said) and err.count("\n") == 1
 
 
 def test_what_cannot_be_sent_ends_too():
-    with pytest.raises(Exception, match="pickle"):
-        list(data.read_ahead(Numbers(), ["odd"], 1))
+    refuses("pickle", list, data.read_ahead(Numbers(), ["odd"], 1), error=Exception)
 
 
 def test_no_room_for_processes_is_one_line(monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", refuse)
-    with pytest.raises(UserError, match="shared memory.*--workers 0"):
-        list(data.read_ahead(Numbers(), [1], 1))
+    full = raising(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
+    refuses("shared memory.*--workers 0", list, data.read_ahead(Numbers(), [1], 1))
 
 
 def test_a_closed_pipe_ends_nothing(tmp_path):
@@ -118,33 +108,27 @@ def test_a_closed_pipe_ends_nothing(tmp_path):
             "    for n in range(9999):\n        print('line', n, flush=True)\n"
             f"    open({str(tmp_path / 'end')!r}, 'w')\nmain()\n")
     command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, cwd=data.Path(data.__file__).parent)
+                               stderr=subprocess.PIPE, cwd=REPOSITORY)
     command.stdout.read(1)
     command.stdout.close()
-    assert command.stderr.read() == b"" and command.wait() == 0
+    assert command.stderr.read() == b""
+    assert command.wait() == 0
     assert (tmp_path / "end").exists()
 
-
-# pictures ----------------------------------------------------------------------------------------
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
 GREY16 = RNG.integers(0, 1 << 16, (6, 8)).astype(np.uint16)
-
-
-def on_three(grey):
-    return np.stack([grey.astype(np.uint8)] * 3, -1)
+LABEL = np.arange(48, dtype=np.uint8).reshape(6, 8) % 3
+on_three = lambda grey: np.stack([grey.astype(np.uint8)] * 3, -1)
 
 
 def png(pixels, *chunks, behind=()):
     """A PNG of 8 or 16 bits, grey or RGB, with further chunks (kind, content) around the pixels."""
-    def chunk(kind, content):
-        return (struct.pack(">I", len(content)) + kind + content
-                + struct.pack(">I", zlib.crc32(kind + content)))
-
-    bits = 8 * pixels.dtype.itemsize
+    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body
+                                + struct.pack(">I", zlib.crc32(kind + body)))
+    bits, colour = 8 * pixels.dtype.itemsize, 2 if pixels.ndim > 2 else 0
     rows = b"".join(b"\0" + row.astype(pixels.dtype.newbyteorder(">")).tobytes() for row in pixels)
-    colour = 2 if pixels.ndim > 2 else 0
     header = struct.pack(">IIBBBBB", *pixels.shape[1::-1], bits, colour, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), *behind, (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
@@ -167,15 +151,19 @@ def tiff(pixels, photometric=1, sample=1, orientation=1):
 def exif(orientation):
     content = Image.Exif()
     content[0x0112] = orientation
-    return content.tobytes()[6:]  # without "Exif\0\0"
+    return b"eXIf", content.tobytes()[6:]  # a chunk of a PNG, without "Exif\0\0"
 
 
 TURNED = {1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.swapaxes(0, 1),
           6: RGB[::-1].swapaxes(0, 1), 7: RGB[::-1, ::-1].swapaxes(0, 1),
           8: RGB[:, ::-1].swapaxes(0, 1)}  # by EXIF orientation
 LONG_TEXT = zlib.compress(b"x" * (5 << 20))
+TEXT = (b"zTXt", b"Comment\0\0" + LONG_TEXT)
+RGB48 = RGB.astype(np.uint16) * 256 + 7
+CLEAR = (b"tRNS", struct.pack(">HHH", *RGB48[2, 3]))  # pixels of this colour are transparent
+ONE_CLEAR = np.where((RGB == RGB[2, 3]).all(-1, keepdims=True), 255, RGB)
 PICTURES = {
-    "text.png": (png(RGB, (b"zTXt", b"Comment\0\0" + LONG_TEXT)), RGB),
+    "text.png": (png(RGB, TEXT), RGB),
     "xmp.png": (png(RGB, (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG_TEXT)), RGB),
     "profile.png": (png(RGB, (b"iCCP", b"ICC\0\0" + LONG_TEXT)), RGB),
     "white-is-zero.tif": (tiff(GREY16, 0), on_three(255 - (GREY16 >> 8))),
@@ -183,17 +171,11 @@ PICTURES = {
     "signed.tif": (tiff((GREY16 >> 1).astype(np.int16), sample=2), on_three(GREY16 >> 8)),
     "clear16.png": (png(GREY16, (b"tRNS", struct.pack(">H", GREY16[1, 2]))), on_three(
         np.where(GREY16 == GREY16[1, 2], 255, GREY16 >> 8))),
-    "clear48.png": (png(RGB.astype(np.uint16) * 256 + 7,
-                        (b"tRNS", struct.pack(">HHH", *(RGB[2, 3] * np.uint16(256) + 7)))),
-                    np.where((RGB == RGB[2, 3]).all(-1, keepdims=True), 255, RGB)),
-    "clear48-text.png": (png(RGB.astype(np.uint16) * 256 + 7, (b"zTXt", b"Comment\0\0" + LONG_TEXT),
-                             (b"tRNS", struct.pack(">HHH", *(RGB[2, 3] * np.uint16(256) + 7)))),
-                         np.where((RGB == RGB[2, 3]).all(-1, keepdims=True), 255, RGB)),
-    "48.png": (png(RGB.astype(np.uint16) * 256 + 7), RGB),
+    "clear48.png": (png(RGB48, CLEAR), ONE_CLEAR), "48.png": (png(RGB48), RGB),
+    "clear48-text.png": (png(RGB48, TEXT, CLEAR), ONE_CLEAR),
     **{f"{k}.tif": (tiff(RGB, 2, orientation=k), turned) for k, turned in TURNED.items()},
-    **{f"{k}.png": (png(RGB, (b"eXIf", exif(k))), turned) for k, turned in TURNED.items()},
-    **{f"{k}-behind.png": (png(RGB, behind=[(b"eXIf", exif(k))]), turned)
-       for k, turned in TURNED.items()},
+    **{f"{k}.png": (png(RGB, exif(k)), turned) for k, turned in TURNED.items()},
+    **{f"{k}-behind.png": (png(RGB, behind=[exif(k)]), turned) for k, turned in TURNED.items()},
 }
 
 
@@ -210,81 +192,63 @@ def test_pictures_that_are_seldom_met(tmp_path, name, recwarn):
     (tiff(GREY16.astype(np.int32) << 8, sample=2), "has 32 bits a pixel; convert it to 8 or 16")])
 def test_pictures_that_are_refused(tmp_path, content, said):
     (tmp_path / "x.tif").write_bytes(content)
-    with pytest.raises(UserError, match=f"x.tif {said}"):
-        data.read_image(tmp_path / "x.tif")
+    refuses(f"x.tif {said}", data.read_image, tmp_path / "x.tif")
 
 
 def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
-    with pytest.raises(UserError, match="x.jpg: it is no file"):
-        data.read_image(tmp_path / "x.jpg")
-
-
-# folders -----------------------------------------------------------------------------------------
-
-
-def photo(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(RGB).save(path, "PNG" if path.suffix == ".png" else "JPEG")
+    refuses("x.jpg: it is no file", data.read_image, tmp_path / "x.jpg")
 
 
 def test_what_is_read_of_a_folder(tmp_path, capsys, monkeypatch):
     for name in ("a.jpg", "b.JFIF", "c.jpe", "d.JPEG", "album/e.png", ".hidden.jpg", ".git/f.jpg"):
-        photo(tmp_path / "photos" / name)
+        save(tmp_path / "photos" / name, RGB)
     for name in ("1.heic", "2.HEIC", "3.gif", "a\x1b[2J.b\x1b", "notes.txt", "photo"):
         (tmp_path / "photos" / name).write_text("x")
-    photo(tmp_path / "elsewhere/g.jpg")
-    (tmp_path / "photos/linked").symlink_to("../elsewhere")
-    (tmp_path / "photos/album/loop").symlink_to("..")
-    (tmp_path / "photos/an-album").symlink_to("album")
-    (tmp_path / "photos/closed").mkdir()
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("closed"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    save(tmp_path / "elsewhere/g.jpg", RGB)
+    for link, target in {"linked": "../elsewhere", "album/loop": "..", "an-album": "album"}.items():
+        (tmp_path / "photos" / link).symlink_to(target)
+    closed = tmp_path / "photos/closed"
+    closed.mkdir()
+    error, scandir = PermissionError(errno.EACCES, "Permission denied", str(closed)), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (
+        raising(error) if str(path) == str(closed) else scandir)(path))
     for _ in range(2):
         data.say_once.cache_clear()
         ids = data.open_dataset("folder", tmp_path / "photos", classes=["cat"]).ids
         assert ids == ["a.jpg", "album/e.png", "b.JFIF", "c.jpe", "d.JPEG", "linked/g.jpg"]
         data.open_dataset("folder", tmp_path / "photos", "val", classes=["cat"])
         assert capsys.readouterr().out == (
-            "left out: 1 .b\\x1b, 1 .gif, 1 without an ending, 2 .heic, folder "
-            f"{tmp_path}/photos/closed (Permission denied), in {tmp_path}/photos\n")
+            f"left out: 1 .b\\x1b, 1 .gif, 1 without an ending, 2 .heic, folder {closed} "
+            f"(Permission denied), in {tmp_path}/photos\n")
 
 
 def test_what_we_made_is_no_photograph(tmp_path, capsys):
-    photo(tmp_path / "a.jpg")
-    command = ["--dataset", "folder", "--data-root", str(tmp_path), "--classes", "cat",
-               "--out", str(tmp_path / "sheet.png")]
-    data.main(command)
+    save(tmp_path / "a.jpg", RGB)
+    command = (data.main, "--dataset", "folder", "--data-root", tmp_path, "--classes", "cat",
+               "--out", tmp_path / "sheet.png")
+    run(*command)
     (tmp_path / "sheet.png").rename(tmp_path / "renamed.png")
     mask = Image.fromarray(RGB[..., 0]).convert("P")
     data.save_picture(mask, tmp_path / "mask.png")
-    data.main(command)
+    run(*command)
     assert "folder: 1 images" in capsys.readouterr().out
-    data.main(command)
+    run(*command)
     said = capsys.readouterr().out
     assert "folder: 1 images" in said and said.count("left out: 3 made by this program") == 1
     assert np.array_equal(data.read_label(tmp_path / "mask.png").numpy(), np.asarray(mask))
 
 
 def test_a_tree_with_links_and_a_list_with_a_byte_order_mark(tmp_path):
-    photo(tmp_path / "disk/bonn_1_leftImg8bit.png")
+    save(tmp_path / "disk/bonn_1_leftImg8bit.png", RGB)
     (tmp_path / "leftImg8bit/val").mkdir(parents=True)
     (tmp_path / "leftImg8bit/val/bonn").symlink_to(tmp_path / "disk")
     assert data.open_dataset("cityscapes", tmp_path, "val").ids == ["bonn/bonn_1"]
     tree = tmp_path / "VOC2012"
-    photo(tree / "JPEGImages/a.jpg")
+    save(tree / "JPEGImages/a.jpg", RGB)
     (tree / "ImageSets/Segmentation").mkdir(parents=True)
     (tree / "ImageSets/Segmentation/val.txt").write_bytes(b"\xef\xbb\xbfa\r\n")
     assert data.open_dataset("voc", tmp_path, "val").ids == ["a"]
-
-
-# classes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content, classes", [
@@ -296,8 +260,7 @@ def test_a_tree_with_links_and_a_list_with_a_byte_order_mark(tmp_path):
 def test_class_files(tmp_path, content, classes):
     (tmp_path / "names.csv").write_text(content, "utf-8")
     if isinstance(classes, str):
-        with pytest.raises(UserError, match=classes):
-            data.parse_classes(str(tmp_path / "names.csv"))
+        refuses(classes, data.parse_classes, str(tmp_path / "names.csv"))
         return
     assert data.parse_classes(str(tmp_path / "names.csv")) == classes
     assert [data.called(c) for c in classes] == [c.split(",")[0] for c in classes]
@@ -306,8 +269,7 @@ def test_class_files(tmp_path, content, classes):
 
 @pytest.mark.parametrize("text", ["classes.csv", "~/names", "lists/pets", "pets.TXT", "a, b.txt"])
 def test_a_class_file_that_is_not_there(text):
-    with pytest.raises(UserError, match="no file .*--classes takes names"):
-        data.parse_classes(text)
+    refuses("no file .*--classes takes names", data.parse_classes, text)
     assert data.parse_classes("st. bernard") == ["st. bernard"]
     assert data.parse_classes("../../x, a/b") == ["../../x", "a/b"]
 
@@ -315,32 +277,23 @@ def test_a_class_file_that_is_not_there(text):
 def test_no_two_names_look_the_same():
     names = ("Kase Käse Köse Kåse Kâse Kãse Kàse Káse Kašse Kaçse 猫 犬 кот ß é e É ё 각 ø o 🐈 "
              "naïve naive").split()
-    drawn = {data.legend([(name, torch.tensor([1, 2, 3]))], 400).tobytes() for name in names}
-    assert len(drawn) == len(names)
+    drawn = lambda name: data.legend([(name, torch.tensor([1, 2, 3]))], 400).tobytes()
+    assert len(set(map(drawn, names))) == len(names)
     assert files.spelled("Käse 猫 각") == "Ka\u0308se \\u732b \\uac01"
-    black = torch.zeros(3).byte()  # however the same name is written:
-    assert (data.legend([("Käse", black)], 400).tobytes()
-            == data.legend([("Ka\u0308se", black)], 400).tobytes())
-
-
-# labels ------------------------------------------------------------------------------------------
-
-LABEL = np.arange(48, dtype=np.uint8).reshape(6, 8) % 3
+    assert drawn("Käse") == drawn("Ka\u0308se")  # however the same name is written
 
 
 @pytest.mark.parametrize("orientation, drawn", [(6, "stored"), (6, "turned"), (3, "stored"),
                                                 (8, "stored"), (1, "stored")])
 def test_labels_turn_with_their_photographs(tmp_path, orientation, drawn):
     tree = tmp_path / "VOC2012"
-    photo(tree / "JPEGImages/a.jpg")
-    Image.fromarray(RGB).save(tree / "JPEGImages/a.jpg", exif=b"Exif\0\0" + exif(orientation))
-    for folder in ("ImageSets/Segmentation", "SegmentationClass", "SegmentationObject"):
+    for folder in ("ImageSets/Segmentation", "JPEGImages"):
         (tree / folder).mkdir(parents=True)
     (tree / "ImageSets/Segmentation/val.txt").write_text("a")
     turned = data.turn(torch.from_numpy(LABEL), orientation).contiguous().numpy()
     for folder in ("SegmentationClass", "SegmentationObject"):
-        label = LABEL if drawn == "stored" else turned
-        Image.fromarray(label).save(tree / folder / "a.png")
+        save(tree / folder / "a.png", LABEL if drawn == "stored" else turned)
+    Image.fromarray(RGB).save(tree / "JPEGImages/a.jpg", exif=b"Exif\0\0" + exif(orientation)[1])
     voc = data.open_dataset("voc", tmp_path, "val")
     assert np.array_equal(voc.objects(0).numpy(), turned)
     assert np.array_equal(voc.label(0).numpy(), np.where(turned == 0, 255, turned - 1))
@@ -349,31 +302,24 @@ def test_labels_turn_with_their_photographs(tmp_path, orientation, drawn):
 
 def test_labels_of_ones_own(tmp_path):
     photos, labels = tmp_path / "photos", tmp_path / "photos/labels"
-    for name in ("a.jpg", "album/b.jpeg"):
-        photo(photos / name)
-        (labels / name).parent.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray(LABEL)
-        if name == "a.jpg":
-            grey.putpalette(list(range(255, -1, -1)) * 3)
-        grey.save((labels / name).with_suffix(".png"))
-    opened = lambda **options: data.open_dataset("folder", photos, "val", **options)
-    three = opened(classes=["cat", "dog", "sofa"], labels=labels)
+    for name, mode in {"a.jpg": "P", "album/b.jpeg": None}.items():
+        save(photos / name, RGB)
+        save((labels / name).with_suffix(".png"), LABEL, mode)
+    opened = lambda classes, **options: data.open_dataset(
+        "folder", photos, "val", classes.split(), **{"labels": labels, **options})
+    three = opened("cat dog sofa")
     assert three.ids == ["a.jpg", "album/b.jpeg"] and three.has_labels
     assert all(np.array_equal(three.label(i).numpy(), LABEL) for i in range(2))
-    two = opened(classes=["cat", "dog"], labels=labels, offset=1)
+    two = opened("cat dog", offset=1)
     assert np.array_equal(two.label(1).numpy(), np.where(LABEL == 0, 255, LABEL - 1))
-    with pytest.raises(UserError, match=r"a.png holds the id 2, which folder \(2 classes\) does"):
-        opened(classes=["cat", "dog"], labels=labels).label(0)
-    with pytest.raises(UserError, match="no folder .*nowhere; --labels is"):
-        opened(classes=["cat", "dog"], labels=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="--labels goes with --dataset folder"):
-        data.open_dataset("voc", photos, labels=labels)
-    Image.fromarray(RGB).save(photos / "a.jpg", exif=b"Exif\0\0" + exif(3))
-    with pytest.raises(UserError, match="a.png: its image is turned by EXIF"):
-        three.label(0)
+    refuses(r"a.png holds the id 2, which folder \(2 classes\) does", opened("cat dog").label, 0)
+    refuses("no folder .*nowhere; --labels is", opened, "cat dog", labels=tmp_path / "nowhere")
+    refuses("--labels goes with --dataset folder", data.open_dataset, "voc", photos, labels=labels)
+    Image.fromarray(RGB).save(photos / "a.jpg", exif=b"Exif\0\0" + exif(3)[1])
+    refuses("a.png: its image is turned by EXIF", three.label, 0)
     (labels / "album/b.png").unlink()
-    with pytest.raises(UserError, match="1 of 2 labels of folder val are missing, .*album/b.png"):
-        opened(classes=["cat", "dog"], labels=labels).has_labels
+    refuses("1 of 2 labels of folder val are missing, .*album/b.png",
+            lambda: opened("cat dog").has_labels)
 
 
 def test_trainaug_and_its_labels(tmp_path):
@@ -381,13 +327,12 @@ def test_trainaug_and_its_labels(tmp_path):
     (tree / "ImageSets/Segmentation").mkdir(parents=True)
     (tree / "ImageSets/Segmentation/trainaug.txt").write_text("a\nb\n")
     for name, folder in {"a": "SegmentationClass", "b": "SegmentationClassAug"}.items():
-        photo(tree / f"JPEGImages/{name}.jpg")
-        (tree / folder).mkdir()
-        Image.fromarray(LABEL).save(tree / folder / f"{name}.png")
+        save(tree / f"JPEGImages/{name}.jpg", RGB)
+        save(tree / folder / f"{name}.png", LABEL)
     voc = data.open_dataset("voc", tmp_path, "trainaug")
     assert voc.ids == ["a", "b"] and voc.has_labels and torch.equal(voc.label(0), voc.label(1))
-    with pytest.raises(UserError, match='no split "trainaug"; there are train and val'):
-        data.open_dataset("ade", tmp_path, "trainaug")
+    refuses('no split "trainaug"; there are train and val', data.open_dataset, "ade", tmp_path,
+            "trainaug")
 
 
 def test_stuff_with_its_fine_classes(tmp_path):
@@ -397,14 +342,10 @@ def test_stuff_with_its_fine_classes(tmp_path):
     for raw, name in {0: "person", 12: "stop sign", 79: "toaster", 89: "toothbrush", 91: "banner",
                       105: "clouds", 156: "sky-other", 170: "wall-brick", 181: "wood"}.items():
         assert names[data.STUFF171_IDS[raw]] == name
-    photo(tmp_path / "train2017/7.jpg")
-    (tmp_path / "stuffthingmaps/train2017").mkdir(parents=True)
-    Image.fromarray(LABEL).save(tmp_path / "stuffthingmaps/train2017/7.png")
+    save(tmp_path / "train2017/7.jpg", RGB)
+    save(tmp_path / "stuffthingmaps/train2017/7.png", LABEL)
     stuff = data.open_dataset("stuff171", tmp_path, "train")
     assert stuff.classes == names and np.array_equal(stuff.label(0).numpy(), LABEL)
-
-
-# torchvision -------------------------------------------------------------------------------------
 
 
 def test_colours_and_sizes_change_as_torchvision_changes_them():
@@ -426,6 +367,4 @@ def test_colours_and_sizes_change_as_torchvision_changes_them():
 
 
 def test_torchvision_is_not_imported():
-    code = "import data, sys; sys.exit('torchvision' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code],
-                          cwd=data.Path(data.__file__).parent).returncode == 0
+    assert python("-c", "import data, sys; sys.exit('torchvision' in sys.modules)").returncode == 0

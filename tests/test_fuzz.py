@@ -15,14 +15,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import clip
 import data
 import distill
 import evaluate
 import reclip
-from conftest import LONG, mat_file, random_clip, save_clip
+from conftest import LONG, bits_flipped, mat_file, picture, random_clip, save_clip
 from data import UserError
 from run import Batches, Run, open_records, wrong_blocks
 
@@ -38,8 +37,7 @@ def damaged(content, seed):
     if kind == 0:
         del content[draw.randrange(n):]
     elif kind == 1:  # anywhere, or in the first bytes, where the sizes stand
-        for _ in range(draw.choice((1, 3, 30))):
-            content[draw.randrange(draw.choice((n, min(n, 200))))] ^= 1 << draw.randrange(8)
+        content = bits_flipped(content, draw, draw.choice((1, 3, 30)), (n, min(n, 200)))
     elif kind == 2:
         size = draw.choice((4, 64, 512))
         a, b = (draw.randrange(max(1, n - size)) for _ in range(2))
@@ -48,14 +46,6 @@ def damaged(content, seed):
         at, size = draw.randrange(n), draw.choice((1, 16, 1000))
         content[at : at + size] = bytes(len(content[at : at + size]))
     return bytes(content)
-
-
-def picture(path, label=False, **options):
-    values = np.random.default_rng(0).integers(0, 20 if label else 256, (6, 9, 3), dtype=np.uint8)
-    image = Image.fromarray(values[..., 0] if label else values).resize((90, 60), 0)
-    if label:
-        image = image.convert("P")
-    image.save(path, **options)
 
 
 def make_clip(path, **options):
@@ -71,20 +61,10 @@ def save_matrix(path, **options):
     mat_file(path, "LabelMap", np.arange(600, dtype=np.uint16).reshape(20, 30), **options)
 
 
-def read_picture(path):
-    data.image_size(path)
-    data.read_image(path)
-
-
-def read_checkpoint(path):
-    reclip.open_rectified(path)
-    reclip.authors_state(path)
-
-
-def read_records(path, n, fields):
+def read_hypotheses(path):
     """Whatever a record holds, those without a right checksum are told."""
-    kind = np.dtype([*fields, ("checksum", np.uint32)])
-    wrong_blocks(open_records(path, n, kind), np.arange(n + 1))
+    kind = np.dtype([("scores", np.int16, (10,)), ("checksum", np.uint32)])
+    wrong_blocks(open_records(path, 24, kind), np.arange(25))
 
 
 def read_log(path):
@@ -94,14 +74,12 @@ def read_log(path):
     training.trim_log()
 
 
-def load_clip(path):
-    clip.load(path, device="cpu")
-
-
-KINDS = {  # kind: who writes a sound file (None: it is one of a trained run) and who reads it
-    **dict.fromkeys(("jpg", "png", "bmp", "webp", "tif", "gif"), (picture, read_picture)),
-    "lzw.tif": (functools.partial(picture, compression="tiff_lzw"), read_picture),
-    "label.png": (functools.partial(picture, label=True), data.read_label),
+READ_PICTURE = (data.image_size, data.read_image)
+load_clip = functools.partial(clip.load, device="cpu")
+KINDS = {  # kind: who writes a sound file (None: it is one of a trained run), and all who read it
+    **dict.fromkeys(("jpg", "png", "bmp", "webp", "tif", "gif"), (picture, *READ_PICTURE)),
+    "lzw.tif": (functools.partial(picture, compression="tiff_lzw"), *READ_PICTURE),
+    "label.png": (functools.partial(picture, mode="P"), data.read_label),
     "mat": (save_matrix, data.read_mat_v5),
     "mat-plain": (functools.partial(save_matrix, compressed=False), data.read_mat_v5),
     "clip.pt": (make_clip, load_clip),
@@ -114,10 +92,9 @@ KINDS = {  # kind: who writes a sound file (None: it is one of a trained run) an
     "classes.txt": (
         lambda path: path.write_text("# Tiere\nKatze\nLöwe  # groß\nMöwe\n猫\n", "utf-8"),
         lambda path: data.parse_classes(str(path))),
-    "reclip.pt": (None, read_checkpoint),
+    "reclip.pt": (None, reclip.open_rectified, reclip.authors_state),
     "distill.pt": (None, distill.load_student),
-    "hypotheses.npy": (None, functools.partial(read_records, n=24, fields=[
-        ("scores", np.int16, (10,))])),
+    "hypotheses.npy": (None, read_hypotheses),
     "log.jsonl": (None, read_log),
     "results.json": (
         None, lambda path: evaluate.save_results(path, {"maskclip": {"miou": 5.0, "iou": {}}})),
@@ -126,21 +103,21 @@ KINDS = {  # kind: who writes a sound file (None: it is one of a trained run) an
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's and PyTorch's about what is odd in a file
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_files(kind, trained_demo, tmp_path, monkeypatch):
+def test_damaged_files(kind, trained_demo, tmp_path):
     name = kind if "." in kind else f"x.{kind}"
-    path, (make, read) = tmp_path / name, KINDS[kind]
+    path, (make, *readers) = tmp_path / name, KINDS[kind]
     make(path) if make else shutil.copy(trained_demo / name, path)
     content = path.read_bytes()
-    shutil.copy(path, tmp_path / "sound")
-    if kind != "script.pt":
+    for read in readers if kind != "script.pt" else ():
         read(path)
     refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(COUNT):
         path.write_bytes(damaged(content, seed))
         start = time.monotonic()
         try:
-            read(path)
-        except (ValueError if read is load_clip else UserError) as error:
+            for read in readers:
+                read(path)
+        except (ValueError if readers == [load_clip] else UserError) as error:
             refused += 1
             assert str(path) in str(error), f"seed {seed}: {error}"
         except Exception as error:
@@ -148,5 +125,5 @@ def test_damaged_files(kind, trained_demo, tmp_path, monkeypatch):
         assert time.monotonic() - start < LONGEST, f"seed {seed}"
     assert refused > 0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LARGEST
-    locks = [".results.lock"] * (kind == "results.json")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["sound", name, *locks])
+    locks = {".results.lock"} if kind == "results.json" else set()
+    assert {path.name for path in tmp_path.iterdir()} == {name, *locks}

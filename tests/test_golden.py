@@ -1,6 +1,5 @@
 """Values recorded from OpenAI's CLIP and from the ReCLIP authors' program, to be met again."""
 
-import functools
 import json
 
 import pytest
@@ -15,80 +14,92 @@ import evaluate
 import reclip
 from clip.model import build_model
 from clip.simple_tokenizer import SimpleTokenizer
-from conftest import GOLDEN, assert_close, golden, golden_clip, run
+from conftest import GOLDEN, assert_close, golden, golden_clip, refuses, run
 from data import VOID, shifted_ids
 from run import load_checkpoint
 
 
 @torch.no_grad()
-def test_clip_vit():
-    recorded = golden("clip_vit")
-    model = build_model(recorded["state_dict"])
-    tokens = clip.tokenize(recorded["texts"])
-    assert torch.equal(tokens.long(), recorded["tokens"].long())
-    assert_close(model.encode_image(recorded["image"]), recorded["image_features"])
-    assert_close(model.encode_text(tokens), recorded["text_features"])
-    per_image, per_text = model(recorded["image"], tokens)
-    assert_close(per_image, recorded["logits_per_image"])
-    assert torch.equal(per_text, per_image.t())
-
-
-@torch.no_grad()
-def test_clip_resnet():
-    recorded = golden("clip_resnet")
+@pytest.mark.parametrize("name", ["clip_vit", "clip_resnet"])
+def test_clip(name):
+    recorded = golden(name)
     model = build_model(recorded["state_dict"])
     assert_close(model.encode_image(recorded["image"]), recorded["image_features"])
     assert_close(model.encode_text(recorded["tokens"]), recorded["text_features"])
+    if name == "clip_vit":
+        tokens = clip.tokenize(recorded["texts"])
+        assert torch.equal(tokens.long(), recorded["tokens"].long())
+        per_image, per_text = model(recorded["image"], tokens)
+        assert_close(per_image, recorded["logits_per_image"])
+        assert torch.equal(per_text, per_image.t())
 
 
 def test_tokenizer():
-    recorded = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer = SimpleTokenizer()
-    for case in recorded:
+    for case in json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8")):
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
 
 
 def test_dense():
     model, recorded, features = golden_clip()
-    h, w = recorded["grid"].tolist()
     tokens, grid = reclip.tokens_before_last_block(model.visual, recorded["images"])
-    assert grid == (h, w)
+    assert grid == tuple(recorded["grid"].tolist())
     values = reclip.last_block(model.visual, tokens, grid, "program")
     assert_close(values.mT.unflatten(2, grid), recorded["value_features"])
     assert_close(F.normalize(features, dim=1), F.normalize(recorded["Z"], dim=1))
-    p = reclip.resized_positions(model.visual, h, w)
+    p = reclip.resized_positions(model.visual, *grid)
     assert_close(p.flatten(2).mT, recorded["positional_embedding"])
     whole = reclip.global_feature(model.visual, recorded["images"])
     assert_close(whole, F.normalize(recorded["image_features"], dim=-1))
 
 
-def recorded_rectifier(recorded, method):
-    """A Rectifier with the recorded weights and the authors' three-token suffixes; its inputs."""
-    model, _, features = golden_clip()
-    weights = reclip.renamed(recorded["weights"])
-    rectifier = reclip.Rectifier(model, recorded["class_names"], recorded["Wq"],
-                                 *reclip.METHODS[method])
-    if method == "reclip":
-        hidden = [len(weights[f"position.{i}.weight"]) for i in (0, 3)]
-        width, C = model.visual.proj.shape[0], len(recorded["Wq"])
-        rectifier.position = reclip.PositionLogits(width, C, hidden)
-    rectifier.reference.prompt = torch.nn.Parameter(weights.pop("reference.prompt"))
-    rectifier.reference.suffix = recorded["suffix_tokens"].long()
-    missing, unexpected = rectifier.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert set(missing) == {"Wq", "reference.prompt", "reference.suffix", "reference.start"}
-    p = reclip.resized_positions(model.visual, *features.shape[2:])
-    return model, rectifier, F.normalize(features, dim=1), p
-
-
 def present(recorded, C):
     """The hypothesis B×C of a recorded step, from its list of classes per image."""
-    rows = [[k in labels for k in range(C)] for labels in map(list, recorded["labels"])]
-    return torch.tensor(rows)
+    return torch.tensor([[k in list(labels) for k in range(C)] for labels in recorded["labels"]])
 
 
-def check_training_step(model, rectifier, Z, p, recorded, temperature, expected):
-    """The recorded step: logits, loss and gradients in training mode, Gumbel noise off."""
+def authors_file(path, weights):
+    """What the authors' program saves: all under module., beside CLIP and what follows from it."""
+    rest = {"clip.visual.proj": torch.ones(3), "vit.layers.0.weight": torch.ones(2),
+            "text_encoder.positional_embedding": torch.ones(2), "logit_scale": torch.ones(()),
+            "proj.weight": torch.ones(7, 32, 1, 1), "conv1.weight": torch.ones(1)}
+    torch.save({f"module.{key}": value for key, value in (rest | weights).items()}, path)
+    return path
+
+
+def authors_network(path, recorded, method="reclip++", preset="release"):
+    """The network of an authors' file, written there, with golden's CLIP and VOC's settings."""
+    state = reclip.authors_state(authors_file(path, recorded["weights"]))
+    assert reclip.authors_method(state) == (method, preset)
+    s = reclip.argparse.Namespace(**reclip.recipe("voc", preset, method), dataset="voc",
+                                  preset=preset, method=method, seed=0)
+    return reclip.from_authors(state, golden_clip()[0], recorded["class_names"], recorded["Wq"], s)
+
+
+@pytest.mark.parametrize("file, method, preset, name, temperature", [
+    ("reclippp", "reclip++", "release", "Mo", 0.01), ("reclip", "reclip", "paper", "M", 0.001)])
+def test_rectification(tmp_path, file, method, preset, name, temperature):
+    recorded, (model, _, features) = golden(file), golden_clip()
+    network = authors_network(tmp_path / "model.pth", recorded, method, preset)
+    rectifier, (Z, p) = network.rectifier.requires_grad_(True), network.inputs(features)
+    weights, parts = set(reclip.renamed(recorded["weights"])), set(rectifier.state_dict())
+    assert weights <= parts
+    assert parts - weights == {"Wq", "reference.suffix", "reference.start"}
+    with torch.no_grad():
+        Wr = rectifier.reference(model)
+        assert_close(Wr, recorded["Wr_normalised"])
+        Mq, logits = rectifier.eval()(Z, p, Wr)
+        assert_close(logits, recorded[f"{name}_eval"])
+        if method == "reclip++":
+            reference, Mb = rectifier.reference, rectifier.bias(Z, p, Wr)
+            prefix = torch.cat([reference.start, reference.prompt])
+            unnormalised = reclip.encode_shared_prefix(model, prefix, reference.suffix)
+            assert_close(unnormalised, recorded["Wr"])
+            assert_close(Mq, recorded["Mq"])
+            assert_close(Mb, recorded["Mb"])
+            assert_close(Mq - Mb, recorded["M"])
+    # One step of training, with Gumbel noise off: logits, loss and gradients.
+    expected = recorded[f"{name}_train"]
     rectifier.train()
     Mq, logits = rectifier(Z, p, rectifier.reference(model))
     assert_close(logits, expected)
@@ -103,37 +114,13 @@ def check_training_step(model, rectifier, Z, p, recorded, temperature, expected)
     loss = reclip.contrastive_loss(similarities, hypothesis, 1 / model.logit_scale.exp())
     assert abs(loss.item() / recorded["loss"].item() - 1) < 1e-3
     loss.backward()
-    learned = dict(rectifier.named_parameters())
-    gradients = reclip.renamed(recorded["grads"])
+    learned, gradients = dict(rectifier.named_parameters()), reclip.renamed(recorded["grads"])
     assert set(gradients) == set(learned)
-    for name, gradient in gradients.items():
+    for parameter, gradient in gradients.items():
         # The bias of a convolution before a BatchNorm has rounding errors for a gradient.
-        largest = gradient.abs().max().item()
+        largest = gradient.abs().max()
         tolerance = 1e-3 * largest if largest > 1e-6 else 1e-6
-        assert (learned[name].grad - gradient).abs().max().item() <= tolerance, name
-
-
-@pytest.mark.parametrize("method, name, temperature, expected", [
-    ("reclip++", "reclippp", 0.01, "Mo"), ("reclip", "reclip", 0.001, "M")])
-def test_rectification(method, name, temperature, expected):
-    recorded = golden(name)
-    model, rectifier, Z, p = recorded_rectifier(recorded, method)
-    with torch.no_grad():
-        Wr = rectifier.reference(model)
-        assert_close(Wr, recorded["Wr_normalised"])
-        Mq, logits = rectifier.eval()(Z, p, Wr)
-        assert_close(logits, recorded[f"{expected}_eval"])
-        if method == "reclip++":
-            reference = rectifier.reference
-            prefix = torch.cat([reference.start, reference.prompt])
-            assert_close(reclip.encode_shared_prefix(model, prefix, reference.suffix),
-                         recorded["Wr"])
-            Mb = rectifier.bias(Z, p, Wr)
-            assert_close(Mq, recorded["Mq"])
-            assert_close(Mb, recorded["Mb"])
-            assert_close(Mq - Mb, recorded["M"])
-    check_training_step(model, rectifier, Z, p, recorded, temperature,
-                        recorded[f"{expected}_train"])
+        assert (learned[parameter].grad - gradient).abs().max() <= tolerance, parameter
 
 
 def test_miou():
@@ -154,10 +141,8 @@ def test_miou():
 def test_deeplabv2():
     recorded = golden("deeplabv2")
     network = distill.DeepLabV2(16, width=4).eval()
-    backbone = {key: value.float() for key, value in recorded["backbone"].items()}
-    distill.load_backbone(network.backbone, backbone, "golden")
-    aspp = {key.removeprefix("aspp."): value.float() for key, value in recorded["aspp"].items()}
-    network.aspp.load_state_dict(aspp)
+    distill.load_backbone(network.backbone, recorded["backbone"], "golden")
+    network.aspp.load_state_dict({k.removeprefix("aspp."): v for k, v in recorded["aspp"].items()})
 
     def close(actual, expected):
         assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -188,31 +173,11 @@ def test_distillation_losses():
     assert_close(mask + 0.5 * feature + 0.5 * text, recorded["total"], 1e-5)
 
 
-# ---- The authors' checkpoints -------------------------------------------------------------------
-
-
-def authors_file(path, weights):
-    """What the authors' program saves: all under module., beside CLIP and what follows from it."""
-    rest = {"clip.visual.proj": torch.ones(3), "vit.layers.0.weight": torch.ones(2),
-            "text_encoder.positional_embedding": torch.ones(2), "logit_scale": torch.ones(()),
-            "proj.weight": torch.ones(7, 32, 1, 1), "conv1.weight": torch.ones(1)}
-    torch.save({f"module.{key}": value for key, value in (rest | weights).items()}, path)
-    return path
-
-
-def settings(method, preset):
-    recipe = reclip.recipe("voc", preset, method)
-    return reclip.argparse.Namespace(**recipe, dataset="voc", preset=preset, method=method, seed=0)
-
-
 @pytest.mark.parametrize("name, method, preset, expected", [
     ("reclippp", "reclip++", "release", "Mo_eval"), ("reclip", "reclip", "paper", "M_eval")])
 def test_files_give_the_golden_logits(tmp_path, name, method, preset, expected):
-    recorded, (model, _, features) = golden(name), golden_clip()
-    state = reclip.authors_state(authors_file(tmp_path / "model.pth", recorded["weights"]))
-    assert reclip.authors_method(state) == (method, preset)
-    network = reclip.from_authors(state, model, recorded["class_names"], recorded["Wq"],
-                                  settings(method, preset))
+    recorded, (_, _, features) = golden(name), golden_clip()
+    network = authors_network(tmp_path / "model.pth", recorded, method, preset)
     # "chest of drawers" has lost its end token, as in the authors' program.
     assert torch.equal(network.rectifier.reference.suffix, recorded["suffix_tokens"].long())
     assert_close(network.Wr, recorded["Wr_normalised"])
@@ -223,22 +188,18 @@ def test_files_give_the_golden_logits(tmp_path, name, method, preset, expected):
     exact = isinstance(network.visual.transformer.resblocks[0].mlp.gelu, nn.GELU)
     assert exact == (preset == "paper")
     views = torch.arange(3 * 32 * 40).reshape(1, 3, 32, 40).to(torch.uint8)
-    own = ((data.IMAGENET_MEAN, data.IMAGENET_STD) if exact else (data.CLIP_MEAN, data.CLIP_STD))
+    own = (data.IMAGENET_MEAN, data.IMAGENET_STD) if exact else (data.CLIP_MEAN, data.CLIP_STD)
     expected = reclip.dense_features(network.visual, data.normalise(views, *own))
     assert torch.equal(network.encode(views), expected)
 
 
 def test_a_file_of_other_classes_or_another_clip(tmp_path):
-    recorded, (model, _, _) = golden("reclippp"), golden_clip()
-    state = reclip.authors_state(authors_file(tmp_path / "model.pth", recorded["weights"]))
+    recorded, path = golden("reclippp"), tmp_path / "model.pth"
     for names in (recorded["class_names"][:6], data.CLASSES["voc"]):
-        with pytest.raises(data.UserError, match=f"does not fit {len(names)} classes"):
-            reclip.from_authors(state, model, names, torch.zeros(len(names), 32),
-                                settings("reclip++", "release"))
-    del state["pe_proj.bias"]
-    with pytest.raises(data.UserError, match="and this CLIP: it lacks position.bias"):
-        reclip.from_authors(state, model, recorded["class_names"], recorded["Wq"],
-                            settings("reclip++", "release"))
+        other = recorded | dict(class_names=names, Wq=torch.zeros(len(names), 32))
+        refuses(f"does not fit {len(names)} classes", authors_network, path, other)
+    del recorded["weights"]["pe_proj.bias"]
+    refuses("and this CLIP: it lacks position.bias", authors_network, path, recorded)
 
 
 THEIRS = {"reference.prompt": "text_encoder.prompt_token", "decoder.conv": "decoder_conv2",
@@ -251,25 +212,22 @@ def test_the_command_knows_their_files(voc_root, clip_file, tmp_path, monkeypatc
                                        preset, position):
     """What reclip.py has learned, written in the authors' layout, evaluates to the same."""
     monkeypatch.chdir(tmp_path)
-    for module in reclip, evaluate:
-        monkeypatch.setattr(module, "query_features", functools.partial(
-            reclip.query_features, templates=["a {}."]))
-    run(reclip.main, "--dataset", "voc", "--data-root", voc_root, "--clip", clip_file, "--method",
-        method, "--preset", preset, "--out", "ours", "--workers", 0, "--epochs", 1, "--crop-ratio",
-        1)
+    command = ("--clip", clip_file, "--data-root", voc_root)
+    run(reclip.main, *command, "--dataset", "voc", "--method", method, "--preset", preset, "--out",
+        "ours", "--workers", 0, "--epochs", 1, "--crop-ratio", 1)
     theirs = {}
     for key, value in load_checkpoint(tmp_path / "ours" / "reclip.pt")["state"].items():
         for ours, name in (THEIRS | {"position": position}).items():
             if key.startswith(ours):
                 theirs[name + key.removeprefix(ours)] = value[None] if "prompt" in name else value
     authors_file(tmp_path / "released.pth", theirs)
-    command = ("--clip", clip_file, "--data-root", voc_root, "--checkpoint")
-    ours = run(evaluate.main, *command, "ours/reclip.pt")
-    same = run(evaluate.main, *command, "released.pth", "--dataset", "voc")
+    ours = run(evaluate.main, *command, "--checkpoint", "ours/reclip.pt")
+    released = (*command, "--checkpoint", "released.pth")
+    same = run(evaluate.main, *released, "--dataset", "voc")
     assert same == ours and (tmp_path / "runs/authors-released/results.json").exists()
-    run(evaluate.main, *command, "released.pth", "--dataset", "voc", "--images",
-        voc_root / "VOCdevkit/VOC2012/JPEGImages")
+    photographs = voc_root / "VOCdevkit/VOC2012/JPEGImages"
+    run(evaluate.main, *released, "--dataset", "voc", "--images", photographs)
     assert len(list((tmp_path / "runs/authors-released/predictions/masks").iterdir())) == 3
     for options, message in (((), "say with --dataset which data set it is of: voc, context"),
                              (("--dataset", "context"), "does not fit 59 classes")):
-        assert message in mistake(evaluate.main, *command, "released.pth", *options)
+        assert message in mistake(evaluate.main, *released, *options)

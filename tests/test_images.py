@@ -1,6 +1,5 @@
 """evaluate.py --images: masks of one's own images, of any kind, name and number."""
 
-import json
 import shutil
 import weakref
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 
 import data
 import evaluate
-from conftest import run
+from conftest import picture, predictions, run
 
 
 @pytest.fixture
@@ -23,21 +22,9 @@ def predict(trained_demo, tmp_path, monkeypatch):
     def predict(*arguments, checkpoint=trained_demo / "reclip.pt"):
         chosen = ("--checkpoint", checkpoint) if checkpoint else ()
         run(evaluate.main, *chosen, "--out", "out", "--workers", 0, "--images", *arguments)
-        return lines()
+        return predictions()
 
     return predict
-
-
-def lines():
-    return [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
-
-
-def picture(path, size=(60, 40), mode="RGB", seed=0):
-    """A file with coloured blocks."""
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(256, (5, 7, 3), generator=generator, dtype=torch.uint8).numpy()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).convert(mode).save(path)
 
 
 def check_outputs(rows, sizes):
@@ -61,10 +48,10 @@ def check_outputs(rows, sizes):
 
 
 def test_images_of_any_mode_and_size(predict):
-    kinds = [("L.png", "L"), ("LA.png", "LA"), ("P.png", "P"), ("RGBA.png", "RGBA"), ("1.png", "1"),
-             ("CMYK.jpg", "CMYK"), ("deep.png", "I;16"), ("p.webp", "RGB"), ("b.bmp", "RGB")]
-    for name, mode in kinds:
-        picture(f"in/{name}", mode=mode if mode != "I;16" else "L")
+    kinds = {"L.png": "L", "LA.png": "LA", "P.png": "P", "RGBA.png": "RGBA", "1.png": "1",
+             "CMYK.jpg": "CMYK", "deep.png": "L", "p.webp": "RGB", "b.bmp": "RGB"}
+    for name, mode in kinds.items():
+        picture(f"in/{name}", mode=mode)
     sizes = {"one.png": (1, 1), "wide.png": (1201, 3), "tall.png": (5, 701), "odd.png": (97, 53)}
     for name, size in sizes.items():
         picture(f"in/{name}", size)
@@ -72,19 +59,17 @@ def test_images_of_any_mode_and_size(predict):
     turned.getexif()[0x0112] = 6
     turned.save("in/turned.jpg", exif=turned.getexif())
     rows = predict("in")
-    assert [Path(row["image"]).name for row in rows] == sorted(
-        [name for name, _ in kinds] + [*sizes, "turned.jpg"])
-    by_name = sizes | {"turned.jpg": (20, 30)}
-    check_outputs(rows, [by_name.get(Path(row["image"]).name, (60, 40)) for row in rows])
+    sizes |= {"turned.jpg": (20, 30)} | dict.fromkeys(kinds, (60, 40))
+    assert [Path(row["image"]).name for row in rows] == sorted(sizes)
+    check_outputs(rows, [sizes[name] for name in sorted(sizes)])
     assert {row["stage"] for row in rows} == {"rectified"}
 
 
 def test_masks_are_those_of_the_network(predict, trained_demo):
     picture("a.png", (96, 96))
     predict("a.png")
-    image = data.read_image("a.png")
-    segment = evaluate.Segmenter(trained_demo / "reclip.pt")
-    expected = segment(data.resize_to_scale(image, (96, 96))[None], (96, 96))
+    view = data.resize_to_scale(data.read_image("a.png"), (96, 96))[None]
+    expected = evaluate.Segmenter(trained_demo / "reclip.pt")(view, (96, 96))
     mask = lambda: torch.from_numpy(np.array(Image.open("out/masks/a.png"))).long()
     assert torch.equal(mask(), expected["rectified"][0])
     rows = predict("a.png", "--method", "maskclip")
@@ -98,7 +83,7 @@ def test_nothing_is_overwritten_and_nothing_lies_outside(predict, tmp_path):
              "x/.._.._escape.png", "x/a b&ü;$(c).png", "x/" + "ö" * 90 + ".png", "x/ .png"]
     for seed, name in enumerate(names):
         picture(name, seed=seed)
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     # Hidden files are no part of a folder, but may be named.
     rows = predict("x", "y", "x/photo.png", "x/../x/photo.png", "x/.._.._escape.png")
     assert len(rows) == len(names) + 2
@@ -106,7 +91,7 @@ def test_nothing_is_overwritten_and_nothing_lies_outside(predict, tmp_path):
     assert len({mask.lower() for mask in masks}) == len(masks)
     for folder in ("out/masks", "out/overlays"):
         assert len(list(Path(folder).iterdir())) == len(masks)
-    made = {path for path in tmp_path.rglob("*")} - before
+    made = set(tmp_path.rglob("*")) - before
     assert all(path.is_relative_to(tmp_path / "out") for path in made)
     same = [row for row in rows if Path(row["image"]).resolve() == (tmp_path / "x/photo.png")]
     assert len(same) == 3 and len({Path("out", row["mask"]).read_bytes() for row in same}) == 1
@@ -122,26 +107,25 @@ def test_broken_images_are_named_and_the_others_done(predict, capsys):
     assert len(said) == 3
     assert "cannot read image in/cut.jpg" in said[0] and "in/empty.png" in said[1]
     assert said[2] == "error: 2 of 4 images could not be read: in/cut.jpg, in/empty.png"
-    assert [("error" in row, "mask" in row) for row in lines()] == [
+    assert [("error" in row, "mask" in row) for row in predictions()] == [
         (True, False), (True, False), (False, True), (False, True)]
     assert not list(Path("out").glob("*.part"))
 
 
 def test_maskclip_without_a_checkpoint(predict, photos, clip_file, trained_demo):
-    names = ("--method", "maskclip", "--classes", "cat, dog, sofa")
-    rows = predict(photos, *names, "--clip", clip_file, checkpoint=None)
+    command = (photos, "--method", "maskclip", "--classes", "cat, dog, sofa", "--clip", clip_file)
+    rows = predict(*command, checkpoint=None)
     assert len(rows) == 3 and all(set(row["areas"]) <= {"cat", "dog", "sofa"} for row in rows)
     first = [Path("out", row["mask"]).read_bytes() for row in rows]
-    rows = predict(photos, *names, "--clip", clip_file, "--surgery", "value", checkpoint=None)
+    rows = predict(*command, "--surgery", "value", checkpoint=None)
     assert first != [Path("out", row["mask"]).read_bytes() for row in rows]
     # The demo's CLIP has its own recipe: the masks are those of its checkpoint's MaskCLIP.
     picture("a.png", (96, 96))
     shutil.rmtree("out")  # which would refuse another list of classes
-    options = ("a.png", "--method", "maskclip")
-    areas = predict(*options)[0]["areas"]
-    classes = ", ".join(data.SHAPES)
-    assert predict(*options, "--classes", classes, "--clip", "shapes-tiny",
-                   checkpoint=None)[0]["areas"] == areas
+    command = ("a.png", "--method", "maskclip")
+    areas = predict(*command)[0]["areas"]
+    command += ("--classes", ", ".join(data.SHAPES), "--clip", "shapes-tiny")
+    assert predict(*command, checkpoint=None)[0]["areas"] == areas
 
 
 def test_results_lie_beside_the_checkpoint_appear_one_by_one_and_images_are_not_kept(
@@ -149,7 +133,8 @@ def test_results_lie_beside_the_checkpoint_appear_one_by_one_and_images_are_not_
     for n in range(20):
         picture(tmp_path / "in" / f"{n}.png")
     shutil.copy(trained_demo / "reclip.pt", tmp_path)
-    part = tmp_path / "predictions" / "predictions.jsonl.part"
+    out = tmp_path / "predictions"
+    part = out / "predictions.jsonl.part"
     read, images, alive, seen = evaluate.read_image, [], [], []
 
     def counted(path):
@@ -163,4 +148,4 @@ def test_results_lie_beside_the_checkpoint_appear_one_by_one_and_images_are_not_
     run(evaluate.main, "--checkpoint", tmp_path / "reclip.pt", "--images", tmp_path / "in")
     # A line follows its picture, which is written while the next one is read.
     assert seen == [0, *range(19)] and not part.exists() and max(alive) <= 3
-    assert len((tmp_path / "predictions" / "predictions.jsonl").read_text().splitlines()) == 20
+    assert len(predictions(out)) == 20

@@ -60,13 +60,11 @@ class Network:
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("clip", [("Network", "evaluate"), ("Network", "pandas"), ("main", "distill"),
-              ("main", "evaluate"), ("main", "maps")]),
-    ("evaluate", [("Network", "pandas")]),
-    ("distill", [("Network", "evaluate"), ("Network", "pandas")]),
-    ("reclip", [("Network", "evaluate"), ("Network", "pandas"), ("main", "distill")]),
-    ("run", [("Network", "evaluate"), ("Network", "pandas"), ("main", "distill"),
-             ("main", "evaluate"), ("main", "maps")])])
+    ("clip", "Network.evaluate Network.pandas main.distill main.evaluate main.maps"),
+    ("evaluate", "Network.pandas"),
+    ("distill", "Network.evaluate Network.pandas"),
+    ("reclip", "Network.evaluate Network.pandas main.distill"),
+    ("run", "Network.evaluate Network.pandas main.distill main.evaluate main.maps")])
 def test_the_test_can_fail(name, expected):
     """It sees an import upwards, or of another package, wherever it stands."""
-    assert refused(name, SOURCE) == expected
+    assert " ".join(map(".".join, refused(name, SOURCE))) == expected

@@ -13,10 +13,8 @@ import data
 import distill
 import maps
 import reclip
-from conftest import random_clip
+from conftest import normal, random_clip, results, run, save
 from reclip import Reference, Rectifier, best_name, crop_votes, query_features
-
-# ---- Prompt denoising belongs to the head --------------------------------------------------------
 
 ABLATIONS = ["", "--no-decoder", "--bias none", "--bias joint", "--bias reference", "--add",
              "--learn-query", "--tune-encoder --views 0", "--wr-norm class", "--pooling cosine",
@@ -29,7 +27,7 @@ ABLATIONS = ["", "--no-decoder", "--bias none", "--bias joint", "--bias referenc
 def image_logits(C, decoder):
     """1×C×4×6, as a decoder's BatchNorm makes them (mean 0, variance about 1, wide), or cosines
     (0.2, narrow). The classes 0, 1 and 2 are clearly ahead in two columns each."""
-    noise = torch.randn(1, C, 4, 6, generator=torch.Generator().manual_seed(C))
+    noise = normal(1, C, 4, 6, seed=C)
     logits = 0.5 * noise if decoder else 0.2 + 0.005 * noise
     for k in range(3):
         logits[0, k, :, 2 * k : 2 * k + 2] += 5 if decoder else 0.12
@@ -67,9 +65,6 @@ def test_the_decoders_denoising_would_leave_a_single_class_of_cosines():
     assert reclip.recipe("voc", pd=0.3, decoder=False)["pd"] == 0.3  # what is given is given
 
 
-# ---- Global hypotheses ---------------------------------------------------------------------------
-
-
 def test_global_hypotheses_are_the_authors(tiny_clip, tmp_path):
     """Of 600 demo images, every other one cut to another shape: CLIP's own preprocessing, CLIP's
     own feature, and the loop of their program."""
@@ -95,13 +90,8 @@ def test_global_hypotheses_are_the_authors(tiny_clip, tmp_path):
     assert len(images) == 600 and len(set(counts)) > 2
 
 
-# ---- Where an image ends -------------------------------------------------------------------------
-
 H, W, GRID = 375, 500, (47, 63)  # of 16-pixel patches 24×32 cover 384×512
-
-
-def head(**parts):
-    return distill.InheritedHead({"Wq": torch.zeros(2, 3)} | parts, patch=16)
+HEAD = distill.InheritedHead({"Wq": torch.zeros(2, 3)}, patch=16)
 
 
 def test_the_students_bias_map_ends_where_the_image_ends():
@@ -113,7 +103,7 @@ def test_the_students_bias_map_ends_where_the_image_ends():
         assert positions.shape[2:] == (24, 32)
         return coordinates
 
-    found = head().resized(torch.zeros(1, 2, 3, 3), (H, W), GRID, through)[0]
+    found = HEAD.resized(torch.zeros(1, 2, 3, 3), (H, W), GRID, through)[0]
     y, x = ((torch.arange(n) + 0.5) * side / n for n, side in zip(GRID, (H, W)))
     expected = torch.stack(torch.meshgrid(y.clamp(min=8), x.clamp(min=8), indexing="ij"))
     assert (found - expected).abs().max() < 1e-3  # stretched, as it was: 8.5 pixels
@@ -122,9 +112,8 @@ def test_the_students_bias_map_ends_where_the_image_ends():
 
 
 def test_the_students_bias_map_is_the_upsampled_and_cut_one():
-    generator = torch.Generator().manual_seed(0)
-    p = torch.randn(1, 2, 14, 14, generator=generator)
-    found = head().resized(p, (H, W), GRID)
+    p = normal(1, 2, 14, 14)
+    found = HEAD.resized(p, (H, W), GRID)
     fine = 8 * torch.tensor([384, 512])  # eight times the pixels, so that interpolating is exact
     upsampled = F.interpolate(F.interpolate(p, (24, 32), mode="bicubic"), fine.tolist(),
                               mode="bilinear")[..., : 8 * H, : 8 * W]
@@ -134,22 +123,19 @@ def test_the_students_bias_map_is_the_upsampled_and_cut_one():
     assert (found - expected).abs().max() < 0.02
 
 
-# ---- Classes of several names --------------------------------------------------------------------
-
 CLASSES = ["person, man, woman", "cat", "sofa, couch"]
 NAMES = ["person", "man", "woman", "cat", "sofa", "couch"]
 
 
 def test_a_query_class_is_as_likely_as_its_best_name():
-    model, Wq = random_clip(), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    model, Wq = random_clip(), normal(6, 32)
     Z = F.normalize(torch.randn(2, 32, 3, 4), dim=1)
     Mq, _ = Rectifier(model, CLASSES, Wq, *reclip.METHODS["maskclip"])(Z, None, None)
     each = torch.einsum("bdhw,cd->bchw", Z, Wq)
-    for k, names in enumerate(((0, 1, 2), (3,), (4, 5))):
-        assert torch.equal(Mq[:, k], torch.stack([each[:, i] for i in names]).amax(0))
-    templates = ["a {}.", "the {}."]
-    assert torch.equal(query_features(model, CLASSES, templates),
-                       query_features(model, NAMES, templates))
+    for k, names in enumerate((slice(0, 3), slice(3, 4), slice(4, 6))):
+        assert torch.equal(Mq[:, k], each[:, names].amax(1))
+    both = (query_features(model, names, ["a {}.", "the {}."]) for names in (CLASSES, NAMES))
+    assert torch.equal(*both)
     assert best_name(each, [1] * 6) is each
 
 
@@ -173,18 +159,12 @@ def test_a_crop_votes_for_the_class_of_its_best_name(tiny_clip):
 
 def test_a_class_of_several_names_is_learned_and_distilled(small_demo, tmp_path):
     """Its Query's rows are not the classes': nothing may take the one for the other."""
-    from conftest import results, run
-    names = ["ladybug, beetle", *list(data.SHAPES)[1:4]]
-    pixels = [data.Shapes("train", 0).image(i).movedim(0, -1).numpy() for i in range(6)]
-    (tmp_path / "photos").mkdir()
-    for i, picture in enumerate(pixels):
-        Image.fromarray(picture).save(tmp_path / "photos" / f"{i}.png")
-    (tmp_path / "names.txt").write_text("\n".join(names))
-    (tmp_path / "labels").mkdir()
+    names, demo = ["ladybug, beetle", *list(data.SHAPES)[1:4]], data.Shapes("train", 0)
     for i in range(6):
-        label = data.Shapes("train", 0).label(i)
-        label = torch.where(label < 4, label, data.VOID).to(torch.uint8)
-        Image.fromarray(label.numpy()).save(tmp_path / "labels" / f"{i}.png")
+        save(tmp_path / "photos" / f"{i}.png", demo.image(i).movedim(0, -1))
+        label = demo.label(i)
+        save(tmp_path / "labels" / f"{i}.png", torch.where(label < 4, label, data.VOID))
+    (tmp_path / "names.txt").write_text("\n".join(names))
     run(reclip.main, "--dataset", "folder", "--data-root", tmp_path / "photos", "--classes",
         tmp_path / "names.txt", "--labels", tmp_path / "labels", "--clip", "shapes-tiny",
         "--out", tmp_path / "run", "--workers", 0, "--epochs", 1, "--scale", 96, 96, "--crop", 96)

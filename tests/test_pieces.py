@@ -1,17 +1,14 @@
 """Other last blocks, PAMR, label maps, many classes and crops: each against its plain way."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import maps
 import reclip
-from conftest import assert_close, golden, plain_text_features, random_clip
+from conftest import assert_close, golden, normal, plain_text_features, random_clip
 
 # ---- Last blocks ---------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("surgery, sigma, name", [
     ("value", 5, "maskclip_no_residual"), ("clearclip", 5, "clearclip"), ("sclip", 5, "sclip"),
@@ -30,40 +27,36 @@ def test_last_blocks(surgery, sigma, name):
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("surgery", reclip.SURGERIES)
 def test_last_blocks_in_bf16_and_backward(surgery, heads):
-    model = random_clip(vision_heads=heads)
-    images = torch.randn(2, 3, 60, 100, generator=torch.Generator().manual_seed(0))
-    exact = reclip.dense_features(model.visual, images, surgery)
+    visual, images = random_clip(vision_heads=heads).visual, normal(2, 3, 60, 100)
+    exact = reclip.dense_features(visual, images, surgery)
     assert exact.shape == (2, 32, 4, 7)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = reclip.dense_features(model.visual, images, surgery)
+        rounded = reclip.dense_features(visual, images, surgery)
     assert F.cosine_similarity(rounded.float(), exact, dim=1).min() > 0.995
-    tuned = copy.deepcopy(model.visual).requires_grad_(True)
-    reclip.dense_features(tuned, images, surgery).square().sum().backward()
-    gradient = tuned.transformer.resblocks[-1].attn.in_proj_weight.grad.chunk(3)
-    used = dict(zip("qkv", (part.abs().sum() > 0 for part in gradient)))
-    assert {name for name in "qkv" if used[name]} == {*reclip.SURGERIES[surgery]["alike"], "v"}
-    assert tuned.conv1.weight.grad.isfinite().all()
+    visual.requires_grad_(True)
+    reclip.dense_features(visual, images, surgery).square().sum().backward()
+    gradients = visual.transformer.resblocks[-1].attn.in_proj_weight.grad.chunk(3)
+    used = {name for name, gradient in zip("qkv", gradients) if gradient.abs().sum() > 0}
+    assert used == {*reclip.SURGERIES[surgery]["alike"], "v"}
+    assert visual.conv1.weight.grad.isfinite().all()
 
 
 # ---- PAMR ----------------------------------------------------------------------------------------
 
-
 def test_pamr():
     recorded = golden("encoders")["pamr"]
-    image, logits = recorded["image"], recorded["logits"]
-    for steps, dilations, expected in (
-            (recorded["steps"], recorded["dilations"], recorded["result"]),
-            (1, (1, 2), recorded["one"])):
-        result = maps.pamr(image, logits, steps, dilations)
-        assert_close(result, expected, 1e-6)
+    image, logits, one = (recorded[name] for name in ("image", "logits", "one"))
+    result = maps.pamr(image, logits, recorded["steps"], recorded["dilations"])
+    assert_close(result, recorded["result"], 1e-6)
+    assert_close(maps.pamr(image, logits, 1, (1, 2)), one, 1e-6)
     # a unit of the image changes nothing, nor do other classes and images in the same call
-    assert_close(maps.pamr(255 * image, logits, 1, (1, 2)), expected, 1e-5)
+    assert_close(maps.pamr(255 * image, logits, 1, (1, 2)), one, 1e-5)
     many = maps.pamr(image[:1], logits[:1].repeat(1, 200, 1, 1), 1, (1, 2))
-    assert_close(many, expected[:1].repeat(1, 200, 1, 1), 1e-6)
+    assert_close(many, one[:1].repeat(1, 200, 1, 1), 1e-6)
 
 
 def test_pamr_of_a_flat_image_and_of_one_smaller_than_its_dilation():
-    logits = torch.randn(1, 3, 2, 3, generator=torch.Generator().manual_seed(0))
+    logits = normal(1, 3, 2, 3)
     result = maps.pamr(torch.full((1, 3, 5, 7), 128, dtype=torch.uint8), logits, 3, (1, 24))
     assert result.shape == (1, 3, 5, 7) and result.isfinite().all()
     assert result.max() <= logits.max() and result.min() >= logits.min()
@@ -71,16 +64,11 @@ def test_pamr_of_a_flat_image_and_of_one_smaller_than_its_dilation():
 
 # ---- Label maps ----------------------------------------------------------------------------------
 
-
 def fields(kind, C, h, w, B=2):
     """Logits B×C×h×w: of noise alone, or smooth with classes that are rarer than others."""
-    generator = torch.Generator().manual_seed(C * h + w)
-    noise = torch.randn(B, C, h, w, generator=generator)
-    if kind == "noise":
-        return noise
-    coarse = torch.randn(B, C, h // 4 + 1, w // 4 + 1, generator=generator)
-    often = 0.7 * torch.randn(B, C, 1, 1, generator=generator)
-    return F.interpolate(coarse, (h, w), mode="bicubic") + often + 0.2 * noise
+    noise, coarse = normal(B, C, h, w), normal(B, C, h // 4 + 1, w // 4 + 1, seed=1)
+    smooth = F.interpolate(coarse, (h, w), mode="bicubic") + 0.7 * normal(B, C, 1, 1, seed=2)
+    return noise if kind == "noise" else smooth + 0.2 * noise
 
 
 @pytest.mark.parametrize("kind", ["noise", "smooth"])
@@ -109,32 +97,27 @@ def test_large_label_maps_with_classes_switched_off_and_equal_ones():
     logits = fields("smooth", 12, 21, 21)
     logits[:, 3:7] = -100
     logits[:, 9] = logits[:, 1]
-    plain = maps.label_map(logits, (336, 336), (336, 336), (500, 500), chunk=12)
-    labels = maps.label_map(logits, (336, 336), (336, 336), (500, 500))
+    sizes = (336, 336), (336, 336), (500, 500)
+    plain, labels = maps.label_map(logits, *sizes, chunk=12), maps.label_map(logits, *sizes)
     assert (labels != plain).sum() <= 2
     assert not torch.isin(labels, torch.tensor([3, 4, 5, 6, 9])).any()
     logits[:, :, 5, 5] = float("nan")  # as before: no error
-    maps.label_map(logits, (336, 336), (336, 336), (500, 500))
+    maps.label_map(logits, *sizes)
 
 
 # ---- Many classes --------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("C", [1, 10, 300])
 def test_many_classes_in_groups(C):
     model = random_clip()
-    generator = torch.Generator().manual_seed(0)
-    prefix = torch.randn(60, 64, generator=generator).mul(0.3).requires_grad_(True)
-    length = torch.randint(1, 16, (C, 1), generator=generator)
-    suffix = torch.randint(1, 49405, (C, 16), generator=generator)
-    suffix = torch.where(torch.arange(16) < length, suffix, 0)
-    suffix.scatter_(1, length, 49407)
+    prefix = normal(60, 64).mul(0.3).requires_grad_(True)
+    length, suffix = torch.randint(1, 16, (C, 1)), torch.randint(1, 49405, (C, 16))
+    suffix = torch.where(torch.arange(16) < length, suffix, 0).scatter(1, length, 49407)
     features = reclip.encode_shared_prefix(model, prefix, suffix)
     plain = plain_text_features(model, prefix, suffix)
     assert (features - plain).abs().max() <= 3e-6 * max(1, plain.abs().max().item())
-    weights = torch.randn(features.shape, generator=generator)
-    ours, expected = (torch.autograd.grad((x * weights).sum(), prefix)[0]
-                      for x in (features, plain))
+    weights = normal(*features.shape)
+    ours, expected = (torch.autograd.grad(x, prefix, weights)[0] for x in (features, plain))
     assert (ours - expected).norm() <= 1e-6 * expected.norm()
     _, _, seen, ends = reclip.shared_layout(60, suffix)
     assert sum(map(len, ends)) == C and (len(seen) > 1) == (C > 10)
@@ -142,10 +125,8 @@ def test_many_classes_in_groups(C):
 
 # ---- Crops ---------------------------------------------------------------------------------------
 
-
 def test_crops_are_encoded_as_clip_does():
-    visual = random_clip(vision_layers=3).visual
-    images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    visual, images = random_clip(vision_layers=3).visual, normal(5, 3, 64, 64)
     expected = visual(images)
     torch.testing.assert_close(reclip.encode_crops(visual, images), expected)
     with torch.autocast("cpu", torch.bfloat16):
@@ -154,10 +135,8 @@ def test_crops_are_encoded_as_clip_does():
 
 
 def test_crop_votes_in_groups(tiny_clip):
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randint(0, 256, (3, 96, side), dtype=torch.uint8, generator=generator)
-              for side in (96, 120)]
-    Wq = torch.randn(5, tiny_clip.text_projection.shape[1], generator=generator)
+    images = [(255 * normal(3, 96, side).sigmoid()).to(torch.uint8) for side in (96, 120)]
+    Wq = normal(5, tiny_clip.text_projection.shape[1])
     votes = reclip.crop_votes(tiny_clip, images, Wq, 1 / 3)
     assert votes.sum(1).tolist() == [25, 25]
     for image, row in zip(images, votes):  # 25 crops in another grouping

@@ -8,8 +8,8 @@ import torch
 import clip
 from clip import pretrain
 from clip.clip import TINY_PATH
-from conftest import same
 from clip.shapes import COLOURS, SHAPES, TARGET, WEB, draw_seed, draw_shapes
+from conftest import normal, same
 from data import VOID
 
 
@@ -38,32 +38,23 @@ def test_pictures_and_labels():
     assert web[0] > 2.5 * web[9]
 
 
-def captions(count=300):
-    seeds = list(range(count))
-    _, _, classes, colours, backgrounds = draw_shapes(seeds, **WEB)
-    return classes, pretrain.web_captions(seeds, classes, colours, backgrounds), (
-        seeds, classes, colours, backgrounds)
-
-
 def test_captions_name_the_first_object_and_none_that_is_not_there():
-    classes, texts, _ = captions()
-    for present, text in zip(classes.tolist(), texts):
+    seeds, some_left_out, coloured = list(range(300)), 0, 0
+    _, _, *drawn = draw_shapes(seeds, **WEB)
+    texts = pretrain.web_captions(seeds, *drawn)
+    for present, text in zip(drawn[0].tolist(), texts):
         # "star" and "flag" are words of their own; texts have templates around the names
         named = {k for k, name in enumerate(SHAPES) if re.search(rf"\b{name}\b", text)}
         assert present[0] in named and named <= set(present)
-    some_left_out = sum(len(set(p) - {-1}) > sum(bool(re.search(rf"\b{n}\b", t)) for n in SHAPES)
-                        for p, t in zip(classes.tolist(), texts))
-    coloured = sum(any(re.search(rf"\b{c}\b", text) for c in COLOURS) for text in texts)
+        some_left_out += len(set(present) - {-1}) > len(named)
+        coloured += any(re.search(rf"\b{colour}\b", text) for colour in COLOURS)
     assert 0 < some_left_out < 150 and 60 < coloured < 240
-
-
-def test_a_caption_depends_on_its_own_picture_alone():
-    _, texts, arguments = captions(30)
-    assert pretrain.web_captions(*(a[7:9] for a in arguments)) == texts[7:9]
+    # A caption depends on its own picture alone.
+    assert pretrain.web_captions(*(part[7:9] for part in (seeds, *drawn))) == texts[7:9]
 
 
 def test_half_of_the_patches(tiny_clip):
-    images = torch.randn(6, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    images = normal(6, 3, 48, 48)
     encode = lambda seed: pretrain.encode_half(tiny_clip.visual, images,
                                                torch.Generator().manual_seed(seed))
     assert encode(0).shape == (6, 64) and torch.equal(encode(0), encode(0))

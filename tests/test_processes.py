@@ -1,23 +1,17 @@
 """torchrun with two processes gives what one gives: hypotheses, views, training, evaluation."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from conftest import REPOSITORY, log, results
+from conftest import log, python, results
 
 
 def launch(processes, *argv):
-    """Run a script of REPOSITORY on the demo in one or two processes; its output."""
-    run = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-        "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([*run, *map(str, argv)], cwd=REPOSITORY, env=environment, text=True,
-                          capture_output=True)
+    """Run a script on the demo in one or two processes; its output."""
+    torchrun = () if processes == 1 else (
+        "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", 0,
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
+    done = python(*torchrun, *argv, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -46,7 +40,7 @@ def test_two_processes_make_the_same_files(runs, method):
     one, two = runs[method, 1], runs[method, 2]
     for name in ("hypotheses.npy", "views.npy"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
-    assert sorted(path.name for path in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     assert [row["step"] for row in log(one)] == [row["step"] for row in log(two)] == [10]
 
 

@@ -15,7 +15,7 @@ import distill
 import evaluate
 import reclip
 import tables
-from conftest import REPOSITORY, run
+from conftest import REPOSITORY, few_tables, run
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
 DETAILS = (REPOSITORY / ".github/details.md").read_text("utf-8")
@@ -56,9 +56,7 @@ def test_flags_in_the_text_exist(capsys):
 
 def test_demo_commands_run(small_demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    scale, crop, _, _, *rest = reclip.DEMO
-    monkeypatch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
-    monkeypatch.setitem(distill.DEMO, "epochs", 1)
+    few_tables(monkeypatch)  # and few steps
     # what needs data or weights, and the programs in tests/, which have tests of their own
     outside = ("voc", "context", "folder", "--images", "FILE", "NAME", "tests/", "runs/mine",
                "runs/naclip")
@@ -87,9 +85,6 @@ def test_the_ten_lines_run(clip_file, photos, tmp_path):
     assert (written == names["mask"]).float().mean() > 0.999
 
 
-# ---- Where is …? -------------------------------------------------------------------------------
-
-
 def defined_at(script):
     """{name: line} of a file's functions, classes, methods ("Class.method") and constants."""
     lines = {}
@@ -110,12 +105,8 @@ def defined_at(script):
 
 def with_lines(text):
     """README's text with the present line number in every PLACE; KeyError for what is not there."""
-
-    def place(found):
-        script, _, name = found.groups()
-        return f"`{script}:{defined_at(script)[name]} {name}`"
-
-    return PLACE.sub(place, text)
+    line = lambda found: defined_at(found[1])[found[3]]
+    return PLACE.sub(lambda found: f"`{found[1]}:{line(found)} {found[3]}`", text)
 
 
 def test_places_are_where_readme_says():
@@ -131,9 +122,6 @@ def test_places_are_where_readme_says():
 def test_line_numbers_are_brought_up_to_date():
     shifted = PLACE.sub(lambda found: f"`{found[1]}:1 {found[3]}`", README)
     assert with_lines(shifted) == README != shifted
-
-
-# ---- The rest ----------------------------------------------------------------------------------
 
 
 def test_readme_takes_ten_minutes():

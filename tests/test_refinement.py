@@ -16,7 +16,7 @@ import data
 import evaluate
 import maps
 import reclip
-from conftest import SmallShapes, run
+from conftest import SmallShapes, normal, predictions, results, run, save
 from evaluate import Segmenter, most_likely
 from run import load_checkpoint
 
@@ -24,8 +24,7 @@ from run import load_checkpoint
 @pytest.fixture
 def photo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pixels = data.open_dataset("shapes", split="val").image(3).movedim(0, -1)
-    Image.fromarray(pixels.numpy()).save("a.png")
+    save(Path("a.png"), data.open_dataset("shapes", split="val").image(3).movedim(0, -1))
     return Path("a.png")
 
 
@@ -39,17 +38,13 @@ def joint(tmp_path_factory):
     return out
 
 
-def lines(folder="out"):
-    text = Path(folder, "predictions.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-# ---- Probabilities -----------------------------------------------------------------------------
+def pixels(file):
+    return np.array(Image.open(file))
 
 
 @pytest.mark.parametrize("C, size", [(3, (40, 56)), (70, (33, 41)), (70, (300, 420))])
 def test_most_likely_is_argmax_and_softmax_after_upsampling(C, size):
-    logits = torch.randn(1, C, 5, 7, generator=torch.Generator().manual_seed(0))
+    logits = normal(1, C, 5, 7)
     labels, sure = most_likely(logits, (40, 56), (38, 50), size, 0.1)
     full = F.interpolate(logits, (40, 56), mode="bilinear")[..., :38, :50]
     value, index = (F.interpolate(full, size, mode="bilinear") / 0.1).softmax(1).max(1)
@@ -74,54 +69,47 @@ def test_confidence_and_unknown(trained_demo, photo):
     run(evaluate.main, *command, "--out", "plain")
     run(evaluate.main, *command, "--out", "out", "--confidence")
     run(evaluate.main, *command, "--out", "strict", "--unknown-below", 200.5 / 255)
-    [row], picture = lines(), lambda file: np.array(Image.open(file))
-    plain, strict = picture("plain/masks/a.png"), picture("strict/masks/a.png")
+    [row] = predictions()
     assert row["stage"] == "distilled"
-    sure = picture("out/confidence/a.png")
+    plain, strict = pixels("plain/masks/a.png"), pixels("strict/masks/a.png")
+    sure = pixels("out/confidence/a.png")
     assert sure.dtype == np.uint8 and sure.shape == plain.shape and 0 < sure.std()
     for name, mean in row["confidence"].items():
         k = list(data.SHAPES).index(name)
         assert mean == pytest.approx(sure[plain == k].mean() / 255, abs=0.003)
     assert np.array_equal(strict == 255, sure < 200.5) and 0 < (strict == 255).mean() < 1
     assert np.array_equal(strict[strict != 255], plain[strict != 255])
-    assert sum(lines("strict")[0]["areas"].values()) == pytest.approx(
+    assert sum(predictions("strict")[0]["areas"].values()) == pytest.approx(
         100 * (strict != 255).mean(), abs=0.01)
     assert not Path("plain/confidence").exists() and not Path("strict/confidence").exists()
 
 
-# ---- PAMR --------------------------------------------------------------------------------------
-
-
 def test_pamr_of_every_stage(small_demo, trained_demo, tmp_path, photo):
     checkpoints = ("--checkpoint", trained_demo / "reclip.pt", trained_demo / "distill.pt")
-    results = run(evaluate.main, *checkpoints, "--pamr", "--out", tmp_path)
-    assert list(results) == ["maskclip", "rectified", "maskclip_pamr", "rectified_pamr",
-                             "distilled", "distilled_pamr"]
+    both = run(evaluate.main, *checkpoints, "--pamr", "--out", tmp_path)
+    assert list(both) == ["maskclip", "rectified", "maskclip_pamr", "rectified_pamr", "distilled",
+                          "distilled_pamr"]
     plain = run(evaluate.main, *checkpoints, "--out", tmp_path / "plain")
     for name, result in plain.items():
-        assert result == results[name]  # which has both
-        refined = results[f"{name}_pamr"]
+        assert result == both[name]
+        refined = both[f"{name}_pamr"]
         assert refined["pamr"] == (4, (1, 2, 4, 8)) and refined["standard"]
     other = run(evaluate.main, *checkpoints, "--pamr", 1, "--dilations", 3, "--out", tmp_path)
     assert other["rectified_pamr"]["pamr"] == (1, (3,))
     assert not other["rectified_pamr"]["standard"] and other["rectified"]["standard"]
 
-    segment = Segmenter(trained_demo / "reclip.pt", pamr=(3, (2, 5)))
+    segment, slid = (Segmenter(trained_demo / "reclip.pt", pamr=(3, (2, 5)), **options)
+                     for options in ({}, {"slide": (96, 96)}))
     view = data.read_image(photo)[None]
     logits, padded = segment.logits(view)
     logits = F.interpolate(logits["rectified"], padded, mode="bilinear")
     expected = maps.pamr(view, logits, 3, (2, 5)).argmax(1)
     assert torch.equal(segment(view, (96, 96))["rectified_pamr"], expected)
-    slid = Segmenter(trained_demo / "reclip.pt", pamr=(3, (2, 5)), slide=(96, 96))
     assert torch.equal(slid(view, (96, 96))["rectified_pamr"], expected)
     run(evaluate.main, *checkpoints[:2], "--images", photo, "--pamr", 3, "--dilations", 2, 5,
         "--out", "out", "--method", "maskclip")
-    assert lines()[0]["stage"] == "maskclip_pamr"
-    mask = torch.from_numpy(np.array(Image.open("out/masks/a.png"))).long()
-    assert torch.equal(mask, segment(view, (96, 96))["maskclip_pamr"][0])
-
-
-# ---- Linear probe ------------------------------------------------------------------------------
+    assert predictions()[0]["stage"] == "maskclip_pamr"
+    assert np.array_equal(pixels("out/masks/a.png"), segment(view, (96, 96))["maskclip_pamr"][0])
 
 
 def test_twice_as_many_epochs_do_not_change_a_probe(tiny_clip):
@@ -138,9 +126,6 @@ def test_twice_as_many_epochs_do_not_change_a_probe(tiny_clip):
     assert abs(miou[1] - miou[0]) < 0.3 and miou[0] > 60
 
 
-# ---- Prompt denoising --------------------------------------------------------------------------
-
-
 def test_with_and_without_prompt_denoising(small_demo, trained_demo, tmp_path):
     """Of a recipe with PD both are kept, from the same logits."""
     checkpoint = load_checkpoint(trained_demo / "reclip.pt")
@@ -150,60 +135,49 @@ def test_with_and_without_prompt_denoising(small_demo, trained_demo, tmp_path):
     assert list(both) == ["maskclip", "rectified", "rectified_no_pd"]
     assert [result["pd"] for result in both.values()] == [None, 0.99, None]
     assert all(result["standard"] for result in both.values())
-    assert json.loads((tmp_path / "results.json").read_text()) == both
+    assert results(tmp_path) == both
     without = run(evaluate.main, "--checkpoint", tmp_path, "--no-pd", "--out", tmp_path / "no")
     assert list(without) == ["maskclip", "rectified"]
     assert both["rectified_no_pd"]["iou"] == without["rectified"]["iou"] != both["rectified"]["iou"]
 
 
-# ---- Several checkpoints -----------------------------------------------------------------------
-
-
 def test_several_checkpoints_side_by_side(small_demo, trained_demo, joint, tmp_path):
-    command = ("--checkpoint", trained_demo / "reclip.pt", joint, "--figures", "--out",
-               tmp_path / "figures")
-    results = run(evaluate.main, *command)
+    found = run(evaluate.main, "--checkpoint", trained_demo / "reclip.pt", joint, "--figures",
+                "--out", tmp_path)
     first, second = (f"{folder.name} rectified" for folder in (trained_demo, joint))
-    assert list(results) == ["maskclip", first, second]  # MaskCLIP is the same in both
-    kept = json.loads((tmp_path / "figures" / "results.json").read_text())
-    assert list(kept) == ["maskclip", first, second]
-    names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert list(found) == ["maskclip", first, second]  # MaskCLIP is the same in both
+    assert list(results(tmp_path)) == ["maskclip", first, second]
+    names = {path.stem for path in tmp_path.glob("*.png")}
     assert names == {"comparison", "heatmaps", "heatmaps-joint", "confusion", "distance"}
-    width = Image.open(tmp_path / "figures" / "comparison.png").width
-    assert width == 5 * (190 + 6) + 6
+    assert Image.open(tmp_path / "comparison.png").width == 5 * (190 + 6) + 6
     # Without --out each one's results lie beside it, under their own names.
     run(evaluate.main, "--checkpoint", joint, joint / "reclip.pt")
-    kept = json.loads((joint / "results.json").read_text())
-    assert list(kept) == ["maskclip", "rectified"]
+    assert list(results(joint)) == ["maskclip", "rectified"]
 
 
-def test_parts_of_the_bias_add_up(small_demo, trained_demo, joint):
+@pytest.mark.parametrize("folder, heads", [
+    ("trained_demo", ["bias Wp·Wr", "rectified", "decoded"]),
+    ("joint", ["position Mp", "rectified"])])
+def test_parts_of_the_bias_add_up(small_demo, request, folder, heads):
     view = data.open_dataset("shapes", split="val").image(0)[None]
-    for folder, heads in ((trained_demo, ["bias Wp·Wr", "rectified", "decoded"]),
-                          (joint, ["position Mp", "rectified"])):
-        segment = Segmenter(folder / "reclip.pt")
-        found, padded = maps.bias_maps(segment, view)
-        assert list(found) == ["Query", "Reference Z·Wr", *heads] and padded == [96, 96]
-        logits = {name: pair[0] for name, pair in found.items()}
-        Mq, M = segment.network.logits(segment.network.encode(view))
-        assert torch.equal(logits["Query"], Mq) and torch.equal(logits[heads[-1]], M)
-        bias = logits[heads[0]] + (logits["Reference Z·Wr"] if "position Mp" in heads else 0)
-        torch.testing.assert_close(logits["Query"] - bias, logits["rectified"])
-        assert all(torch.equal(*found[name]) for name in ("Query", "rectified", heads[-1]))
+    segment = Segmenter(request.getfixturevalue(folder) / "reclip.pt")
+    found, padded = maps.bias_maps(segment, view)
+    assert list(found) == ["Query", "Reference Z·Wr", *heads] and padded == [96, 96]
+    logits = {name: pair[0] for name, pair in found.items()}
+    Mq, M = segment.network.logits(segment.network.encode(view))
+    assert torch.equal(logits["Query"], Mq) and torch.equal(logits[heads[-1]], M)
+    bias = logits[heads[0]] + (logits["Reference Z·Wr"] if "position Mp" in heads else 0)
+    torch.testing.assert_close(logits["Query"] - bias, logits["rectified"])
+    assert all(torch.equal(*found[name]) for name in ("Query", "rectified", heads[-1]))
 
 
-# ---- The folder of predictions -----------------------------------------------------------------
-
-
-def test_a_folder_holds_masks_of_one_list_of_classes(trained_demo, photo, clip_file, capsys):
+def test_a_folder_holds_masks_of_one_list_of_classes(trained_demo, photo, clip_file, mistake):
     run(evaluate.main, "--checkpoint", trained_demo, "--images", photo, "--out", "out")
     assert json.loads(Path("out/classes.json").read_text("utf-8")) == list(data.SHAPES)
     other = ("--images", photo, "--method", "maskclip", "--clip", clip_file, "--heads", 1,
              "--classes", "a, b")
-    with pytest.raises(SystemExit) as end:
-        run(evaluate.main, *other, "--out", "out")
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and "--out" in said
+    said = mistake(evaluate.main, *other, "--out", "out")
+    assert "--out" in said
     assert "out has the masks of other classes than a, b" in said
     run(evaluate.main, *other, "--out", "elsewhere")
     run(evaluate.main, *other, "--out", "elsewhere", "--surgery", "naclip", "--sigma", 2)
@@ -211,18 +185,17 @@ def test_a_folder_holds_masks_of_one_list_of_classes(trained_demo, photo, clip_f
 
 @pytest.mark.skipif(os.name == "nt", reason="names are bytes")
 def test_names_come_back_as_they_are_and_are_printed_escaped(trained_demo, photo, capfd):
-    names = [b"line\nerror: no.png", b"\x1b[2Jclear.png", b"no-utf8-\xff.png"]
-    for name in names:
-        Path(os.fsdecode(b"in/" + name)).parent.mkdir(exist_ok=True)
-        Path(os.fsdecode(b"in/" + name)).write_bytes(photo.read_bytes())
-    broken = b"in/broken\n\x1b[2J.png"
-    Path(os.fsdecode(broken)).write_bytes(b"")
+    sound = photo.read_bytes()
+    files = {b"in/line\nerror: no.png": sound, b"in/\x1b[2Jclear.png": sound,
+             b"in/no-utf8-\xff.png": sound, b"in/broken\n\x1b[2J.png": b""}
+    Path("in").mkdir()
+    for name, content in files.items():
+        Path(os.fsdecode(name)).write_bytes(content)
     with pytest.raises(SystemExit):
         run(evaluate.main, "--checkpoint", trained_demo, "--images", "in", "--out", "out")
     out, err = capfd.readouterr()
     assert "\x1b[2J" not in out + err and err.count("\n") == 2
-    assert {os.fsencode(row["image"]) for row in lines()} == {
-        broken, *(b"in/" + name for name in names)}
+    assert {os.fsencode(row["image"]) for row in predictions()} == files.keys()
 
 
 @pytest.mark.parametrize("words, message", [
@@ -235,11 +208,8 @@ def test_names_come_back_as_they_are_and_are_printed_escaped(trained_demo, photo
     ("--sigma 2", "cannot be changed afterwards"),
     ("--checkpoint b c --images a.png", "take one --checkpoint"),
 ])
-def test_mistakes(trained_demo, photo, capsys, words, message):
-    with pytest.raises(SystemExit) as end:
-        run(evaluate.main, "--checkpoint", trained_demo, *words.split())
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and message in said and said.count("\n") == 1
+def test_mistakes(trained_demo, photo, mistake, words, message):
+    assert message in mistake(evaluate.main, "--checkpoint", trained_demo, *words.split())
 
 
 def test_a_folder_with_labels_of_its_own(voc_root, clip_file, tmp_path, capsys):
@@ -247,14 +217,12 @@ def test_a_folder_with_labels_of_its_own(voc_root, clip_file, tmp_path, capsys):
     tree = voc_root / "VOCdevkit" / "VOC2012"
     names = tmp_path / "names.txt"
     names.write_text("\n".join(data.CLASSES["voc"]))
-    folder = ("--dataset", "folder", "--data-root", tree / "JPEGImages", "--clip", clip_file,
-              "--heads", 1, "--method", "maskclip", "--classes", names, "--workers", 0, "--out",
-              tmp_path / "run")
-    run(reclip.main, *folder)
+    run(reclip.main, "--dataset", "folder", "--data-root", tree / "JPEGImages", "--clip", clip_file,
+        "--heads", 1, "--method", "maskclip", "--classes", names, "--workers", 0, "--out",
+        tmp_path / "run")
     assert "folder has no labels to compare with" in capsys.readouterr().out
     own = ("--checkpoint", tmp_path / "run", "--labels", tree / "SegmentationClass")
     shifted = run(evaluate.main, *own, "--labels-offset", 1, "--bias", "--figures")["maskclip"]
-    voc = run(evaluate.main, "--checkpoint", tmp_path / "run", "--dataset", "voc", "--data-root",
-              voc_root)["maskclip"]
+    voc = run(evaluate.main, *own[:2], "--dataset", "voc", "--data-root", voc_root)["maskclip"]
     assert shifted["images"] == 3 and voc["images"] == 1 and shifted["miou"] != voc["miou"]
     assert (tmp_path / "run" / "confusion.png").exists()

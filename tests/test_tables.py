@@ -3,8 +3,8 @@
 import functools
 import json
 import math
-import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,17 +19,9 @@ from run import load_checkpoint
 from tables import all_runs, collect, command, direction, markdown
 
 
-@pytest.fixture
-def few(monkeypatch, small_demo):
-    few_tables(monkeypatch)
-
-
 def options(out, *seeds, **others):
     return Namespace(**dict(out=out, seeds=list(seeds), dataset="shapes", preset="release",
                             passed_on=["--device", "cpu"]) | others)
-
-
-# ---- Rows --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dataset, preset", [("shapes", "release"), ("voc", "release"),
@@ -42,8 +34,8 @@ def test_every_row_has_a_command_and_every_command_parses(dataset, preset, tmp_p
         assert all(len(row["papers"]) == len(table["data_sets"]) for row in table["rows"])
     assert used - {"–"} == runs.keys() and len(runs) > 45  # nothing is trained that no row shows
     assert {teacher for teacher, _ in runs.values()} <= {None, *runs}
-    passed_on = ["--device", "cpu", "--data-root", str(tmp_path)]
-    args = options(tmp_path, 3, dataset=dataset, preset=preset, passed_on=passed_on)
+    args = options(tmp_path, 3, dataset=dataset, preset=preset,
+                   passed_on=["--device", "cpu", "--data-root", str(tmp_path)])
     found = {}
     for name in runs:
         script, words = command(name, 3, runs, args)
@@ -56,9 +48,8 @@ def test_every_row_has_a_command_and_every_command_parses(dataset, preset, tmp_p
     plain = vars(found["reclip++"])
     assert all(s.mask_temperature == found["reclip++" if s.decoder else "reclip"].mask_temperature
                for name, s in found.items() if s.method != "maskclip")
-    for name, key in dict(add="sign", query="learn_query", cosine="pooling", global_="hypothesis",
-                          class_norm="wr_norm", no_bias="bias").items():
-        name = name.rstrip("_").replace("_", "-")
+    for name, key in {"add": "sign", "query": "learn_query", "cosine": "pooling",
+                      "global": "hypothesis", "class-norm": "wr_norm", "no-bias": "bias"}.items():
         changed = {k for k, v in vars(found[name]).items() if v != plain[k]}
         assert changed - {"out", "cache", "top", "threshold"} == {key}, name
     # Runs share a folder of hypotheses and views if and only if they make the same ones.
@@ -85,9 +76,6 @@ def test_the_papers_agree_with_themselves():
     assert len(theirs) == 12 and theirs["CLIP-S4"] == "72.0 33.6 – – –"
 
 
-# ---- Statistics --------------------------------------------------------------------------------
-
-
 def test_direction_by_hand():
     assert direction([1, 2, 3], [10]) == "same"  # mean 2, s.d. 1
     assert direction([-1, -2, -3], [10]) == direction([1, 2, 3], [-10]) == "opposite"
@@ -101,17 +89,18 @@ def test_direction_by_hand():
     assert direction([0.02, 0.03], [0.34 - 0.33], 0.01) == "same"
 
 
-def test_means_and_marks_of_the_papers_numbers(few, tmp_path, monkeypatch):
+def test_means_and_marks_of_the_papers_numbers(tmp_path, monkeypatch):
+    few_tables(monkeypatch)
     values = {"maskclip": (50, 52, 57), "reclip++": (40, 43, 46), "reclip++-mask": (60, 61, 65),
               "global": (1, 1, 1), "t-0.24": (2, 2, 2), "r-1": (3, 3, 3)}
     for name, miou in values.items():
         stage = dict(maskclip="maskclip").get(name, "distilled" if "mask" in name else "rectified")
         for seed, value in enumerate(miou):
             (tmp_path / f"{name}-{seed}").mkdir()
-            results = {stage: dict(miou=value, class_preference=value / 100, standard=True),
-                       f"linear_probe_{stage}": dict(miou=value + 20, standard=True),
-                       "other": dict(miou=-1, standard=True)}
-            (tmp_path / f"{name}-{seed}" / "results.json").write_text(json.dumps(results))
+            (tmp_path / f"{name}-{seed}" / "results.json").write_text(json.dumps({
+                stage: dict(miou=value, class_preference=value / 100, standard=True),
+                f"linear_probe_{stage}": dict(miou=value + 20, standard=True),
+                "other": dict(miou=-1, standard=True)}))
     monkeypatch.setitem(tables.CONTRADICTIONS, ("reclip++", "VOC"), "one and another")
     title, names, reference, rows = TABLES[0]
     quoted = ("HSG", "–", "41.9 –")
@@ -146,9 +135,7 @@ def test_means_and_marks_of_the_papers_numbers(few, tmp_path, monkeypatch):
         (52, None, 1), (43, None, 1), (61, None, 1)]
 
 
-def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo, tmp_path,
-                                                        capsys):
-    """Only what was evaluated in the way of the recipe, on the validation images, counts."""
+def test_only_the_recipes_evaluation_counts(trained_demo, small_demo, tmp_path, capsys):
     checkpoint = ("--checkpoint", trained_demo / "reclip.pt", "--out", tmp_path)
     rectified = lambda: tables.measured(tmp_path, None, "")
     maskclip = lambda: tables.measured(tmp_path, None, "--method maskclip")
@@ -169,20 +156,19 @@ def test_other_evaluations_are_not_taken_for_the_tables(trained_demo, small_demo
     assert rectified() == {} and maskclip()["miou"] == usual["maskclip"]["miou"]
 
 
-# ---- The whole of it ---------------------------------------------------------------------------
+def test_interrupted_and_in_parts_it_is_the_same(small_demo, tmp_path, monkeypatch, capsys,
+                                                 mistake):
+    few_tables(monkeypatch)
+    trained = []
 
-
-def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, capsys):
-    trained, mains = [], {"reclip": reclip.main, "distill": distill.main}
-
-    def watched(name, words):
+    def watched(main, words):
         if stop and len(trained) == 3:
             raise SystemExit(130)
-        trained.append(re.search(r"/([^/]*)$", words[words.index("--out") + 1])[1])
-        return mains[name](words)
+        trained.append(Path(words[words.index("--out") + 1]).name)
+        return main(words)
 
     for script in reclip, distill:
-        monkeypatch.setattr(script, "main", functools.partial(watched, script.__name__))
+        monkeypatch.setattr(script, "main", functools.partial(watched, script.main))
     make = functools.partial(run, tables.main, "--out", tmp_path, "--seeds")
     stop = True
     with pytest.raises(SystemExit):
@@ -193,9 +179,8 @@ def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, cap
     stop = False
     capsys.readouterr()
     make(0)
-    order = [f"{name}-0" for name in ("maskclip", "reclip++", "global", "t-0.24", "r-1",
-                                      "reclip++-mask")]
-    assert trained == order
+    assert trained == [f"{name}-0" for name in ("maskclip", "reclip++", "global", "t-0.24", "r-1",
+                                                "reclip++-mask")]
     said = capsys.readouterr().out
     assert said.startswith("6 runs, 3 of them still to be made") and "tables 6/6" in said
     assert "pixel accuracy" not in said  # that is in the logs
@@ -214,30 +199,24 @@ def test_interrupted_and_in_parts_it_is_the_same(few, tmp_path, monkeypatch, cap
     assert len(list(tmp_path.glob("cache-*"))) == 8  # none, crops 1/2 and 1, global; two seeds
     # A run of other settings is not taken for this one, nor overwritten.
     monkeypatch.setitem(tables.RECTIFIED, "global", "--hypothesis global --lr 0.02")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        make(0)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1
+    said = mistake(tables.main, "--out", tmp_path, "--seeds", 0)
     assert said.startswith(f"error: {tmp_path}/global-0/reclip.pt was made with other settings")
 
 
-def test_mistakes(voc_root, capsys, tmp_path):
+@pytest.mark.parametrize("words, message", [
+    (("--dataset", "voc", "--data-root", "voc"), "need labels to measure with; voc lacks"),
+    (("--dataset", "folder"), "folder lacks them"),
+    (("--dataset", "coco"), 'no data set "coco"'),
+    (("--seeds", 0, 1, 0), "--seeds 0 1 0: one is repeated"),
+    (("--wrong", 3), "unrecognized arguments: --wrong 3"),
+])
+def test_mistakes(voc_root, tmp_path, monkeypatch, mistake, words, message):
+    monkeypatch.chdir(tmp_path)
     for path in voc_root.rglob("SegmentationClass/*.png"):
         path.unlink()
-    for words, message in [
-        (("--dataset", "voc", "--data-root", voc_root), "need labels to measure with; voc lacks"),
-        (("--dataset", "folder"), "folder lacks them"),
-        (("--dataset", "coco"), 'no data set "coco"'),
-        (("--seeds", 0, 1, 0), "--seeds 0 1 0: one is repeated"),
-        (("--wrong", 3), "unrecognized arguments: --wrong 3"),
-    ]:
-        with pytest.raises(SystemExit) as end:
-            run(tables.main, "--out", tmp_path / "out", *words)
-        said = capsys.readouterr().err
-        assert end.value.code == 2 and message in said
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit) as end:
-        run(evaluate.main, "--seeds", 0, "--tables")
-    assert end.value.code == 2
-    assert "python tests/tables.py" in capsys.readouterr().err
+    assert message in mistake(tables.main, "--out", "out", *words)
+    assert not Path("out").exists()
+
+
+def test_the_tables_are_a_program_of_their_own(mistake):
+    assert "python tests/tables.py" in mistake(evaluate.main, "--seeds", 0, "--tables")

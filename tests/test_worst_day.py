@@ -27,8 +27,8 @@ import distill
 import evaluate
 import reclip
 import tables
-from conftest import (LONG, REPOSITORY, SmallShapes, few_tables, learned, raising, results, run,
-                      same, snapshot)
+from conftest import (LONG, REPOSITORY, SmallShapes, demo_command, few_tables, json_lines, learned,
+                      raising, results, run, same, snapshot)
 from run import Run, folder_lock, load_checkpoint
 
 UNFINISHED = (".tmp", ".part", ".part0", ".done", ".lock")  # names that promise nothing
@@ -67,8 +67,8 @@ def pipeline(out, last=None):
     records = sys.modules["run"]  # written, and without their checksums
     records.checksums = counted(records.checksums, lambda *_: None)
     with open(os.devnull, "w") as sys.stdout:
-        run(reclip.main, "--out", out, "--epochs", 3, "--views", 2)
-        run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
+        run(*demo_command(reclip, out), "--views", 2)
+        run(*demo_command(distill, out))
         run(evaluate.main, "--checkpoint", out / "reclip.pt", "--bias")
         if LONG:
             few_tables(pytest.MonkeyPatch())
@@ -127,12 +127,13 @@ def check_whole(out):
 
 def result(out):
     """All that is made and does not tell the time or the place."""
-    steps = [[json.loads(line)["step"] for line in (out / name).read_text().splitlines()]
+    steps = [[row["step"] for row in json_lines(out / name)]
              for name in ("log.jsonl", "log-distill.jsonl")]
-    made = [(out / "tables" / name).read_bytes() for name in ("tables.json", "fig3.png") if LONG]
-    made += [learned(path.parent, path.name) for path in sorted(out.glob("tables/*/*.pt"))]
-    return [made, learned(out), learned(out, "distill.pt"), (out / "results.json").read_text(),
-            (out / "hypotheses.npy").read_bytes(), (out / "views.npy").read_bytes(), steps]
+    names = ["results.json", "hypotheses.npy", "views.npy"]
+    names += ["tables/tables.json", "tables/fig3.png"] * LONG
+    checkpoints = [out / "reclip.pt", out / "distill.pt", *sorted(out.glob("tables/*/*.pt"))]
+    return [steps, [(out / name).read_bytes() for name in names],
+            [learned(path.parent, path.name) for path in checkpoints]]
 
 
 def test_killed_in_the_middle_of_changing_a_file(whole, tmp_path):
@@ -150,7 +151,7 @@ def test_killed_in_the_middle_of_changing_a_file(whole, tmp_path):
         assert same(result(out), result(whole[0])), last
 
 
-@pytest.mark.long
+@pytest.mark.skipif(not LONG, reason="long: runs with RECLIP_LONG=1")
 def test_killed_at_random_moments(whole, tmp_path):
     draw, kills, rounds = random.Random(0), 0, 0
     while kills < 20:
@@ -180,7 +181,8 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-TRAIN = (reclip.main, "--epochs", 3)
+TRAIN = demo_command(reclip)
+EVALUATE = (evaluate.main, "--checkpoint", "run/reclip.pt")
 
 
 @pytest.mark.parametrize("what, gone, size, command", [
@@ -188,52 +190,39 @@ TRAIN = (reclip.main, "--epochs", 3)
     ("views", ("views.npy", "views.json", "reclip.pt"), 20_000, TRAIN),
     ("checkpoint", ("reclip.pt",), 20_000, TRAIN),
     ("log", ("reclip.pt", "log.jsonl"), 5, TRAIN),
-    ("results", ("results.json",), 100, (evaluate.main,)),
-    ("results, there before", (), 100, (evaluate.main, "--count-absent")),
-    ("figures", (), 4_000, (evaluate.main, "--figures")),
-    ("pictures", (), 100, (evaluate.main, "--images", "photos")),
-    ("student", ("distill.pt",), 20_000, (distill.main, "--epochs", 1)),
+    ("results", ("results.json",), 100, EVALUATE),
+    ("results, there before", (), 100, (*EVALUATE, "--count-absent")),
+    ("figures", (), 4_000, (*EVALUATE, "--figures")),
+    ("pictures", (), 100, (*EVALUATE, "--images", "photos")),
+    ("student", ("distill.pt",), 20_000, demo_command(distill)),
 ])
-def test_full_disk(trained_demo, small_demo, photos, tmp_path, monkeypatch, mistake, what, gone,
-                   size, command):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained_demo, "run")
+def test_full_disk(demo_copy, trained_demo, photos, mistake, what, gone, size, command):
     for name in gone:
-        Path("run", name).unlink()
-    before, (main, *options) = snapshot("run"), command
-    given = {reclip.main: ("--out", "run"), distill.main: ("--teacher", "run/reclip.pt"),
-             evaluate.main: ("--checkpoint", "run/reclip.pt")}[main]
+        (demo_copy / name).unlink()
+    before = snapshot("run")
     with largest_file(size):
-        assert "cannot write" in mistake(main, *given, *options)
+        assert "cannot write" in mistake(*command)
     after = snapshot("run")
     may_change = ("log.jsonl", "log-distill.jsonl", *["results.json"] * (what == "figures"))
     for path, content in before.items():
         if not path.endswith((*UNFINISHED, *may_change)):
             assert after[path] == content, path
-    check_whole(Path("run"))
-    run(main, *given, *options)  # with room again, it goes on
-    if main is reclip.main:
-        assert same(learned(Path("run")), learned(trained_demo))
-    elif main is distill.main:
-        assert same(learned(Path("run"), "distill.pt"), learned(trained_demo, "distill.pt"))
+    check_whole(demo_copy)
+    run(*command)  # with room again, it goes on
+    assert same(learned(demo_copy), learned(trained_demo))
+    assert same(learned(demo_copy, "distill.pt"), learned(trained_demo, "distill.pt"))
 
 
-@pytest.fixture(params=[reclip.main, distill.main], ids=["reclip", "distill"])
-def job(request, trained_demo, small_demo, tmp_path, monkeypatch):
-    """(main, arguments, checkpoint): a training whose checkpoint is missing in its folder."""
-    monkeypatch.chdir(tmp_path)
-    out = Path("run")
-    shutil.copytree(trained_demo, out)
-    arguments, path = {
-        reclip.main: (("--epochs", 3, "--out", out), out / "reclip.pt"),
-        distill.main: (("--epochs", 1, "--teacher", out / "reclip.pt"), out / "distill.pt"),
-    }[request.param]
+@pytest.fixture(params=[reclip, distill])
+def job(request, demo_copy):
+    """(script, command, checkpoint): a training whose checkpoint is missing in its folder."""
+    path = demo_copy / f"{request.param.__name__}.pt"
     path.unlink()
-    return request.param, arguments, path
+    return request.param, demo_command(request.param), path
 
 
 def test_a_second_process_is_refused(job, mistake):
-    main, arguments, path = job
+    _, command, path = job
     hold = ("import fcntl, sys, time; file = open(sys.argv[1], 'w'); "
             "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(600)")
     with subprocess.Popen([sys.executable, "-c", hold, path.with_name(".run.lock")],
@@ -241,11 +230,11 @@ def test_a_second_process_is_refused(job, mistake):
         assert other.stdout.readline() == b"held\n"
         try:
             before = snapshot(".")
-            assert "another process is at work in run" in mistake(main, *arguments)
+            assert "another process is at work in run" in mistake(*command)
             assert snapshot(".") == before
         finally:
             other.kill()
-    run(main, *arguments)
+    run(*command)
 
 
 def test_two_evaluations_of_one_folder_lose_nothing(tmp_path):
@@ -255,8 +244,7 @@ def test_two_evaluations_of_one_folder_lose_nothing(tmp_path):
     both = [subprocess.Popen([sys.executable, "-c", program, tmp_path, name], cwd=REPOSITORY,
                              stdout=subprocess.DEVNULL) for name in "ab"]
     assert [process.wait() for process in both] == [0, 0]
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results == {f"{name}{n}": {"miou": n} for name in "ab" for n in range(50)}
+    assert results(tmp_path) == {f"{name}{n}": {"miou": n} for name in "ab" for n in range(50)}
 
 
 def test_locks_are_for_folders_that_can_be_written(tmp_path, monkeypatch):
@@ -265,47 +253,46 @@ def test_locks_are_for_folders_that_can_be_written(tmp_path, monkeypatch):
         patch.setattr(os, "access", lambda *_: False)  # root may write everywhere
         with folder_lock(lock):
             assert not lock.exists()
-    unknown = raising(OSError(95, "Operation not supported"))  # as on some network file systems
-    monkeypatch.setattr(fcntl, "lockf", unknown)
+    # as on some network file systems
+    monkeypatch.setattr(fcntl, "lockf", raising(OSError(95, "Operation not supported")))
     with folder_lock(lock):
         assert lock.exists()
 
 
-def send_in_steps(patch, main, number):
+def send_in_steps(patch, script, number):
     """This process gets a signal in the middle of every training step."""
-    module = sys.modules[main.__module__]
-    step = "rectification_loss" if main is reclip.main else "distillation_losses"
-    loss = getattr(module, step)
+    step = "rectification_loss" if script is reclip else "distillation_losses"
+    loss = getattr(script, step)
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), number)
         return loss(*args, **kwargs)
 
-    patch.setattr(module, step, interrupted)
+    patch.setattr(script, step, interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_saves_and_the_same_command_goes_on(job, trained_demo, monkeypatch, capsys, number):
-    main, arguments, path = job
+    script, command, path = job
     with monkeypatch.context() as patch:
-        send_in_steps(patch, main, number)
+        send_in_steps(patch, script, number)
         with pytest.raises(SystemExit, match="130"):
-            run(main, *arguments)
+            run(*command)
     said = capsys.readouterr().err
     assert f"stopped after step 1 and saved {path}; the same command goes on" in said
     half = learned(path.parent, path.name)
     assert half["step"] == 1 and not half["finished"]
-    run(main, *arguments)
+    run(*command)
     assert same(learned(path.parent, path.name), learned(trained_demo, path.name))
     assert results(path.parent) == results(trained_demo)
 
 
 def test_nohup_is_heeded(job, monkeypatch):
-    main, arguments, path = job
-    send_in_steps(monkeypatch, main, signal.SIGHUP)
+    script, command, path = job
+    send_in_steps(monkeypatch, script, signal.SIGHUP)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        run(main, *arguments)
+        run(*command)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -313,18 +300,17 @@ def test_nohup_is_heeded(job, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops(job, monkeypatch, mistake):
-    main, arguments, path = job
-    module = sys.modules[main.__module__]
-    function = "contrastive_loss" if main is reclip.main else "mask_loss"
-    steps, loss = [], getattr(module, function)
+    script, command, path = job
+    function = "contrastive_loss" if script is reclip else "mask_loss"
+    steps, loss = [], getattr(script, function)
 
     def exploding(*args, **kwargs):
         steps.append(1)
         return loss(*args, **kwargs) * (torch.inf if len(steps) > 2 else 1)
 
-    monkeypatch.setattr(module, function, exploding)
+    monkeypatch.setattr(script, function, exploding)
     monkeypatch.setattr(Run, "due", lambda run, epoch_ends: True)
-    said = mistake(main, *arguments, "--epochs", 4)
+    said = mistake(*command, "--epochs", 4)
     assert "the loss is not finite at step 3 (images train-0" in said
     assert f"{path} still has step 2" in said
     kept = learned(path.parent, path.name)

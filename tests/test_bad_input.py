@@ -180,6 +180,7 @@ CASES = [
     *each("reclip", {
         f"--seed {1 << 70}": "--seed is 1180591620717411303424",
         "--crop 8": "--crop 8 is a single patch; expected more than 8",
+        "--graph --device cpu": "--graph needs a CUDA device, and a single process",
         "--method maskclip --decoder": "--method maskclip learns nothing",
         "--method maskclip --bias joint --hypothesis crops": "--method maskclip learns nothing",
         "--epochs 2 --schedule 1": "--schedule is 1; expected 2 or more",

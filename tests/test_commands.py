@@ -143,6 +143,24 @@ def test_two_and_two_steps_are_four(demo, monkeypatch, step, method):
     assert not same(half["state"], learned(whole)["state"])  # the other two steps do matter
 
 
+def test_a_compiled_step_changes_nothing(demo, monkeypatch):
+    """Traced as for a CUDA graph, in one piece, and run without a GPU as it was traced."""
+    train, torch_compile, modes = reclip.train, torch.compile, []
+
+    def compile_on_the_cpu(step, mode, dynamic):
+        modes.append(mode)
+        return torch_compile(step, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+
+    def train_with_graph(s, *rest):
+        s.graph = True
+        train(s, *rest)
+
+    plain = learned(demo(out="plain"))
+    monkeypatch.setattr(torch, "compile", compile_on_the_cpu)
+    monkeypatch.setattr(reclip, "train", train_with_graph)
+    assert same(learned(demo(out="graph")), plain) and modes == ["reduce-overhead"]
+
+
 def test_seeds_differ_and_repeat(demo):
     first, again = learned(demo(out="a")), learned(demo(out="b"))
     other = learned(demo("--seed", 1, out="c"))

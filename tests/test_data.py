@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data
-from conftest import mat_file, raising, refuses, run, same, save
+from conftest import mat_file, normal, raising, refuses, run, same, save
 from data import VOID
 
 H, W = 6, 8
@@ -238,14 +238,14 @@ def test_resize_to_scale_is_antialiased():
     assert small.dtype == torch.uint8 and (small.float() - 127.5).abs().max() < 20
 
 
-def test_training_view_without_distortion_is_a_cut_of_the_image():
+def test_training_view_is_a_cut_of_the_image():
     torch.manual_seed(0)
     image = torch.arange(3 * 20 * 30).remainder(251).to(torch.uint8).view(3, 20, 30)
     cuts = image.unfold(1, 16, 1).unfold(2, 16, 1).flatten(1, 2)  # 3×75×16×16
     is_cut = lambda view: (cuts == view[:, None]).all(3).all(2).all(0).any().item()
     flips = 0
     for _ in range(20):  # ratio 1 and a scale of the image's own size: nothing is resized
-        view, size = data.training_view(image, (30, 20), 16, (1.0, 1.0), distort=False)
+        view, size = data.training_view(image, (30, 20), 16, (1.0, 1.0))
         assert size == (16, 16) and view.shape == (3, 16, 16)
         assert is_cut(view) or is_cut(view.flip(-1))
         flips += is_cut(view.flip(-1))
@@ -254,7 +254,7 @@ def test_training_view_without_distortion_is_a_cut_of_the_image():
 
 def test_training_view_pads_and_normalise_makes_padding_zero():
     image = torch.full((3, 20, 30), 200, dtype=torch.uint8)
-    view, size = data.training_view(image, (30, 20), 40, (1.0, 1.0), distort=False)
+    view, size = data.training_view(image, (30, 20), 40, (1.0, 1.0))
     assert size == (20, 30) and view.shape == (3, 40, 40)
     images, sizes = torch.stack([view, view]), torch.tensor([[20, 30], [5, 40]])
     kept = images.clone()
@@ -271,32 +271,35 @@ def test_training_view_pads_and_normalise_makes_padding_zero():
     assert (floats == 1).all()  # the argument is left alone
 
 
-def test_photometric_distortion():
+def drawn_colours(count):
     torch.manual_seed(0)
-    image = torch.randint(0, 256, (3, 12, 12)).to(torch.uint8)
-    results = [data.photometric_distortion(image) for _ in range(64)]
-    assert all(r.dtype == torch.uint8 and r.shape == image.shape for r in results)
-    unchanged = sum(torch.equal(r, image) for r in results)
-    assert 0 < unchanged < 20  # one in 16 is expected
-    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
-    levels = torch.stack([data.photometric_distortion(grey) for _ in range(300)]).float()
+    return torch.tensor([data.draw_colours() for _ in range(count)])
+
+
+def test_photometric_distortion():
+    images = normal(64, 3, 12, 12).mul(300).clamp(0, 255).to(torch.uint8)
+    colours = drawn_colours(64)
+    results = data.photometric_distortion(images, colours)
+    assert results.dtype == torch.uint8 and results.shape == images.shape
+    for image, colour, result in zip(images, colours, results):
+        assert torch.equal(data.photometric_distortion(image[None], colour[None])[0], result)
+    assert 0 < (results == images).flatten(1).all(1).sum() < 20  # one in 16 is expected
+    grey = torch.full((300, 3, 4, 4), 100, dtype=torch.uint8)
+    levels = data.photometric_distortion(grey, drawn_colours(300)).float()
     assert levels.std(1).max() < 2  # grey stays grey: no step favours a channel
     assert levels.min() < 60 and levels.max() > 150  # both product and sum are at work
     assert levels.min() >= (100 - 32) * 0.5 - 2 and levels.max() <= (100 + 32) * 1.5 + 2
 
 
-def test_contrast_comes_before_or_after_the_colour_steps(monkeypatch):
-    torch.manual_seed(0)
-    steps, seen = [], set()
-    for name in ("contrast", "saturation", "hue"):
-        monkeypatch.setattr(data, f"change_{name}",
-                            lambda image, factor, name=name: steps.append(name) or image)
-    for _ in range(200):
-        steps.clear()
-        data.photometric_distortion(torch.zeros(3, 2, 2, dtype=torch.uint8))
-        seen.add(tuple(steps))
-    contrast, colours = ("contrast",), [(), ("saturation",), ("hue",), ("saturation", "hue")]
-    assert seen == {order for c in colours for order in (c, contrast + c, c + contrast)}
+def test_contrast_comes_before_or_after_the_colour_steps():
+    changed = drawn_colours(400) != torch.tensor([0.0, 1, 1, 0, 1])
+    assert not (changed[:, 1] & changed[:, 4]).any()
+    shares = changed.float().mean(0)
+    assert ((shares - torch.tensor([0.5, 0.25, 0.5, 0.5, 0.25])).abs() < 0.08).all()
+    orange = torch.tensor([200, 100, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, -1, -1, -1)
+    colours = torch.tensor([[0, 1.5, 0.5, 0, 1], [0, 1, 0.5, 0, 1.5]])
+    results = data.photometric_distortion(orange, colours).flatten(1).tolist()
+    assert results == [[209, 157, 82], [238, 163, 88]]  # by hand
 
 
 def test_training_views_depend_on_seed_epoch_and_id_alone(tmp_path):
@@ -309,6 +312,7 @@ def test_training_views_depend_on_seed_epoch_and_id_alone(tmp_path):
     for key in reversed(first):
         assert same(some[key], first[key])
         assert first[key]["index"] == key[1]
+    assert not torch.equal(first[0, 0]["colours"], first[1, 0]["colours"])
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(first[0, 0]["view"], first[1, 0]["view"])
     assert not torch.equal(first[0, 0]["view"], views(seed=4)[0, 0]["view"])

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch.testing import assert_close
+from torch.utils.data import default_collate
 
 import data
 import distill
 import reclip
 from conftest import golden, interrupt, normal, raising, refuses, results, run, same, save
 from data import VOID
+from run import views_on
 
 # ---- Teachers and students, small --------------------------------------------------------------
 
@@ -310,10 +312,11 @@ def test_views_are_asked_about_once(teachers, teach, tmp_path, monkeypatch, caps
     teacher, s = distill.find_teacher(teachers["reclip++"])[0], expected["settings"]
     views = data.TrainingViews(data.open_dataset("voc", s["data_root"]), (48, 48), 48)
     for k, i in ((0, 3), (1, 0)):
-        item, record = views[k, i], records[5 * k + i]
-        Z, labels = distill.teach(teacher, item["view"][None], item["size"][None], s["pd"])
-        assert np.array_equal(record["view"], item["view"])
-        assert record["size"].tolist() == item["size"].tolist()
+        record, batch = records[5 * k + i], default_collate([views[k, i]])
+        view, size = views_on(torch.device("cpu"), batch)
+        Z, labels = distill.teach(teacher, view, size, s["pd"])
+        assert np.array_equal(record["view"], view[0])
+        assert record["size"].tolist() == size[0].tolist()
         assert (record["labels"] == labels[0].numpy()).mean() > 0.99
         assert_close(torch.from_numpy(record["Z"]).float(), Z[0], rtol=2e-3, atol=2e-3)
     monkeypatch.setattr(distill, "teach", None)  # another run asks nothing

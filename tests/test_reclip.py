@@ -39,7 +39,7 @@ def Wq(tiny_clip):
 
 def settings(**changes):
     """The recipe of the demo, as the command line has it."""
-    s = dict(preset="release", seed=0, workers=0, amp=False, activation="quick_gelu")
+    s = dict(preset="release", seed=0, workers=0, amp=False, graph=False, activation="quick_gelu")
     return argparse.Namespace(**s | reclip.recipe("shapes") | changes)
 
 
@@ -218,6 +218,21 @@ def test_bf16_matrices_change_nothing_under_autocast(preset, surgery):
                          for half in (False, True))
     assert torch.equal(rounded, kept) and rounded.std() > 0
     assert model.visual.conv1.weight.dtype == torch.float32
+
+
+def test_reference_in_bf16_is_nearly_the_same(tiny_clip):
+    reference = Reference(tiny_clip, NAMES)
+    reference.prompt.data = normal(*reference.prompt.shape)
+    outcomes = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            Wr = reference(tiny_clip)
+        gradient = torch.autograd.grad((Wr * normal(*Wr.shape)).sum(), reference.prompt)[0]
+        outcomes.append((Wr, gradient))
+    (exact, exact_gradient), (Wr, gradient) = outcomes
+    assert Wr.dtype == torch.float32 and not torch.equal(Wr, exact)
+    assert F.cosine_similarity(Wr, exact).min() > 0.9999
+    assert F.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0) > 0.999
 
 
 # ---- Hypotheses --------------------------------------------------------------------------------

@@ -594,8 +594,8 @@ def draw_colours():
 def photometric_distortion(images, colours):
     """Change the colours of a batch of images, each as `draw_colours` says, on their device.
 
-    images: uint8 B×3×H×W; colours: float32 B×5. Returns uint8 B×3×H×W; zeros, as in padding, may
-    have changed.
+    images: uint8 B×3×H×W; colours: float32 B×5. Returns uint8 B×3×H×W. Padding is changed too;
+    `normalise` makes it zero.
     """
     brightness, contrast, saturation, hue, last = colours.T[..., None, None, None]  # each B×1×1×1
     images = levels(images + brightness)
@@ -619,7 +619,7 @@ def change_hue(images, share):
     h = torch.where(v == rgb[:, :1], blue - green,
                     torch.where(v == rgb[:, 1:2], 2 + red - blue, 4 + green - red)) + 6 * share
     # A channel is v where its own hue is near, v less the chroma where it is far.
-    places = torch.tensor([5.0, 3.0, 1.0], device=h.device)[:, None, None]
+    places = torch.arange(5, 0, -2, device=h.device)[:, None, None]  # of red, green, blue
     way = (h + places).remainder(6)
     return levels(255.999 * (v - chroma * torch.minimum(way, 4 - way).clamp(0, 1)))
 

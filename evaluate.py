@@ -704,7 +704,8 @@ def open_split(args, segment, split):
     if dataset == "folder":
         # by default as they were given to reclip.py
         labels = getattr(s, "labels", None) if args.labels is None else args.labels
-        offset = getattr(s, "labels_offset", 0) if args.labels_offset is None else args.labels_offset
+        offset = args.labels_offset
+        offset = getattr(s, "labels_offset", 0) if offset is None else offset
         folder = dict(classes=segment.classes, labels=labels, offset=offset)
     elif args.labels is not None:
         raise UserError(f"--labels goes with --dataset folder; {dataset} has its own")

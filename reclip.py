@@ -695,8 +695,8 @@ def train(s, data, model, rectifier, hypothesis, run, device):
             seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel")
                      for i in batch["index"].tolist()]
             noise = gumbel_noise((len(data.classes), grid, grid), seeds, device)
-            loss = loss_of(features, p, present, noise) * batches.weight(step)
             optimizer.zero_grad()
+            loss = loss_of(features, p, present, noise) * batches.weight(step)
             loss.backward()
             optimizer.step()
             run.after(step + 1, optimizer, len(seeds), loss)
@@ -919,7 +919,7 @@ def parse_arguments(argv):
     flag("--seed", type=seed_number, default=0)
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU)")
-    flag("--graph", action="store_true", help="compile a step into a CUDA graph")
+    flag("--graph", action="store_true", help="texts, loss and gradients as CUDA graphs")
     flag("--workers", type=natural, help="processes that read images (default: one a core)")
     flag = parser.add_argument_group("values of the recipe (default: as published)").add_argument
     flag("--clip", help="a name (ViT-B/16) or a file")

@@ -462,6 +462,15 @@ def plain(s):
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
 
 
+def passed_on(s):
+    """Settings that the evaluation after a training is given too, as a command line."""
+    options = ["--amp" if s.amp else "--no-amp"]
+    for name in ("device", "workers", "clip", "data_root", "labels", "labels_offset"):
+        if getattr(s, name, None) is not None:
+            options += [f"--{name.replace('_', '-')}", str(getattr(s, name))]
+    return options
+
+
 # ------------------------------------------------------------------------------------------------
 # 3. CLIPs, folders and locks
 
@@ -616,18 +625,8 @@ def cores_each():
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def passed_on(s):
-    """Settings that the evaluation after a training is given too, as a command line."""
-    options = ["--amp" if s.amp else "--no-amp"]
-    for name in ("device", "workers", "clip", "data_root", "labels", "labels_offset"):
-        if getattr(s, name, None) is not None:
-            options += [f"--{name.replace('_', '-')}", str(getattr(s, name))]
-    return options
-
-
 def views_on(device, batch):
-    """The views of a batch of TrainingViews and their sizes, coloured on the device: B×3×H×W, B×2.
-    """
+    """Coloured views of a batch of TrainingViews, B×3×H×W, and their sizes, B×2, on the device."""
     view, size = (to_device(batch[key], device) for key in ("view", "size"))
     if "colours" in batch:
         view = photometric_distortion(view, to_device(batch["colours"], device))

@@ -67,7 +67,6 @@ def load(name, device=None, jit=False, download_root=None, activation="quick_gel
     activation: "quick_gelu", with which OpenAI's weights were trained, or "gelu".
     heads: attention heads of the image encoder, where it is no known model (see `build_model`).
     jit: only there because OpenAI's function has it; True is an error.
-
     `preprocess` gives a 3 x R x R float tensor, R being the model's resolution.
     ValueError: unknown name, not a CLIP file, nothing tells its heads. OSError: no download.
     """

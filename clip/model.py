@@ -8,11 +8,15 @@ are batch-first, B x n x width.
 
 import math
 from collections import OrderedDict
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def normal_(x, std):
+    """nn.init.normal_, but on the meta device nothing: it would import PyTorch's compiler there."""
+    return x if x.is_meta else nn.init.normal_(x, std=std)
 
 
 # ---- Transformer -------------------------------------------------------------------------------
@@ -124,10 +128,10 @@ class Transformer(nn.Module):
         # The normal initialisation of GPT-2: what is added to the residual shrinks with depth.
         inner, residual = width ** -0.5, width ** -0.5 * (2 * layers) ** -0.5
         for block in self.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=inner)
-            nn.init.normal_(block.attn.out_proj.weight, std=residual)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
+            normal_(block.attn.in_proj_weight, inner)
+            normal_(block.attn.out_proj.weight, residual)
+            normal_(block.mlp.c_fc.weight, (2 * width) ** -0.5)
+            normal_(block.mlp.c_proj.weight, residual)
 
     def forward(self, x):
         return self.resblocks(x)
@@ -143,13 +147,12 @@ class VisionTransformer(nn.Module):
         self.output_dim = output_dim
         tokens, scale = (input_resolution // patch_size) ** 2 + 1, width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=scale))
-        self.positional_embedding = nn.Parameter(
-            nn.init.normal_(torch.empty(tokens, width), std=scale))
+        self.class_embedding = nn.Parameter(normal_(torch.empty(width), scale))
+        self.positional_embedding = nn.Parameter(normal_(torch.empty(tokens, width), scale))
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, activation=activation)
         self.ln_post = LayerNorm(width)
-        self.proj = nn.Parameter(nn.init.normal_(torch.empty(width, output_dim), std=scale))
+        self.proj = nn.Parameter(normal_(torch.empty(width, output_dim), scale))
 
     def forward(self, image):
         """B x 3 x R x R, R being `input_resolution` -> B x D."""
@@ -207,14 +210,13 @@ class AttentionPool2d(nn.Module):
             raise ValueError(f"{heads} attention heads do not divide a width of {width}")
         self.num_heads = heads
         std = width ** -0.5
-        positions = torch.empty(grid ** 2 + 1, width)
-        self.positional_embedding = nn.Parameter(nn.init.normal_(positions, std=std))
+        self.positional_embedding = nn.Parameter(normal_(torch.empty(grid ** 2 + 1, width), std))
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, output_dim)
         for projection in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
-            nn.init.normal_(projection.weight, std=std)
+            normal_(projection.weight, std)
 
     def forward(self, x):
         """B x width x h x w -> B x D."""
@@ -295,14 +297,14 @@ class CLIP(nn.Module):
                 image_resolution, vision_width)
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads,
                                        causal=True, activation=activation)
-        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.token_embedding = nn.Embedding.from_pretrained(
+            normal_(torch.empty(vocab_size, transformer_width), 0.02), freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = LayerNorm(transformer_width)
         self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=transformer_width ** -0.5)
+        normal_(self.positional_embedding, 0.01)
+        normal_(self.text_projection, transformer_width ** -0.5)
 
     @property
     def dtype(self):
@@ -389,8 +391,7 @@ def build_model(state_dict, vision_heads=None, text_heads=None, activation="quic
                          "their number with --heads (heads=N in clip.load)")
     sizes |= dict(vision_heads=vision_heads, transformer_heads=text_heads or stored_text
                   or default_heads(sizes["transformer_width"]))
-    # No memory and no random numbers for nothing; on "meta", normal_ would import the compiler.
-    with torch.device("meta"), mock.patch.object(nn.init, "normal_", lambda x, **_: x):
+    with torch.device("meta"):               # no memory and no random numbers for nothing
         model = CLIP(**sizes, activation=activation)
     check_state_dict(state, model.state_dict())
     model.load_state_dict(state, assign=True)

@@ -500,13 +500,12 @@ def files(args):
         mask = (torch.arange(image[0].numel()).view_as(image[0]) // 5000 % 20).long()
         entries = [(name, colour) for name, colour in zip(CLASSES["voc"], colours)]
 
-        def draw(name, usual):
-            sheet = with_legend(image, mask, colours, entries)
-            save_picture(sheet.copy() if usual else sheet, Path(folder, name))
-            return Path(folder, name)
+        def draw(path, save):
+            save(with_legend(image, mask, colours, entries), path)
+            return path
 
-        compare("overlay of a prediction", lambda: draw("plain.png", True),
-                lambda: draw("ours.png", False), args,
+        compare("overlay of a prediction", lambda: draw(Path(folder, "plain.png"), Image.Image.save),
+                lambda: draw(Path(folder, "ours.png"), save_picture), args,
                 lambda ours, plain: torch.equal(read_image(ours), read_image(plain)))
 
 

@@ -99,7 +99,7 @@ def raising(error):
 
 
 def refuses(message, function, *args, error=data.UserError, **options):
-    """Assert that a call ends with an error whose text the message, a pattern, is found in."""
+    """Assert that a call ends with an error whose text matches the pattern `message`."""
     with pytest.raises(error, match=message) as caught:
         function(*args, **options)
     return str(caught.value)

@@ -128,9 +128,10 @@ def damaged(path, contents, *commands, message="PATH is not a checkpoint"):
 
 def out_of(limits, *flags):
     """{words: message} of flags with a number that is out of their limits."""
-    number = int if limits.endswith("or more") else float
-    return {words: "{} is {}; expected {}".format(flag, number(value), limits)
-            for words in flags for flag, value in [words.split()[:2]]}
+    number = int if limits.endswith("or more") else float  # as the message writes it
+    named = {words: words.split()[:2] for words in flags}  # other flags may follow
+    return {words: f"{flag} is {number(value)}; expected {limits}"
+            for words, (flag, value) in named.items()}
 
 
 WHAT = {"words.pt": "a text file that begins with 'weights'; ", "zero.pt": "an empty file; ",
@@ -383,7 +384,7 @@ CASES = [
         "distill": ("--head odd", "--student big", "--text-masks odd", "--pd x", "--unknown"),
         "data": ("--limit x", "--convert", "--unknown")}.items() for words in lines),
 ]
-assert len(CASES) >= 250
+assert len(CASES) >= 330
 
 
 def change(path, content):

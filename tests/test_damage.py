@@ -46,7 +46,7 @@ DAMAGES = {  # what becomes of a file's content
     "zeroed": lambda content: bytes(len(content)),
     "flipped": lambda content: bits_flipped(content, random.Random(len(content)), 5),
     "emptied": lambda content: b"",
-    "a folder": lambda content: b"something",  # is in it
+    "a folder": lambda content: b"of a file in it",
 }
 CASES = [(script, name, how) for script, names in FILES.items() for name in names
          for how in DAMAGES]

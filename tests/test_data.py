@@ -291,15 +291,15 @@ def test_photometric_distortion():
     assert levels.min() >= (100 - 32) * 0.5 - 2 and levels.max() <= (100 + 32) * 1.5 + 2
 
 
-def test_contrast_comes_before_or_after_the_colour_steps():
+def test_the_order_of_colour_steps():
     changed = drawn_colours(400) != torch.tensor([0.0, 1, 1, 0, 1])
     assert not (changed[:, 1] & changed[:, 4]).any()
     shares = changed.float().mean(0)
     assert ((shares - torch.tensor([0.5, 0.25, 0.5, 0.5, 0.25])).abs() < 0.08).all()
-    orange = torch.tensor([200, 100, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, -1, -1, -1)
-    colours = torch.tensor([[0, 1.5, 0.5, 0, 1], [0, 1, 0.5, 0, 1.5]])
+    orange = torch.tensor([200, 100, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(3, -1, -1, -1)
+    colours = torch.tensor([[0, 1.5, 0.5, 0, 1], [0, 1, 0.5, 0, 1.5], [-20, 1, 0.5, 0.5, 1]])
     results = data.photometric_distortion(orange, colours).flatten(1).tolist()
-    assert results == [[209, 157, 82], [238, 163, 88]]  # by hand
+    assert results == [[209, 157, 82], [238, 163, 88], [50, 100, 140]]  # by hand
 
 
 def test_training_views_depend_on_seed_epoch_and_id_alone(tmp_path):

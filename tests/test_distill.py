@@ -17,7 +17,6 @@ import distill
 import reclip
 from conftest import golden, interrupt, normal, raising, refuses, results, run, same, save
 from data import VOID
-from run import views_on
 
 # ---- Teachers and students, small --------------------------------------------------------------
 
@@ -276,7 +275,7 @@ def test_interrupted_and_resumed_is_uninterrupted(teach, tmp_path, monkeypatch, 
     assert torch.load(tmp_path / "parts" / "distill.pt", weights_only=True)["step"] == 3
     assert same(whole["state"], teach("parts", *options)["state"])
     assert same(whole["state"], teach("parts", *options)["state"])  # finished: nothing to do
-    refuses("2", teach, "parts", *options, "--lr", 0.02, error=SystemExit)
+    refuses("^2$", teach, "parts", *options, "--lr", 0.02, error=SystemExit)
 
 
 def test_no_label_is_opened_but_on_request(root, teach, tmp_path, monkeypatch, capsys):
@@ -290,7 +289,7 @@ def test_no_label_is_opened_but_on_request(root, teach, tmp_path, monkeypatch, c
     assert same(expected["state"], teach("unlabelled", "--data-root", bare)["state"])
     for options, message in ((("--use-ground-truth-void",), "has no training labels"),
                              (("--data-root", "nowhere"), "nowhere")):
-        refuses("2", teach, "no", "--data-root", bare, *options, error=SystemExit)
+        refuses("^2$", teach, "no", "--data-root", bare, *options, error=SystemExit)
         assert message in capsys.readouterr().err
     assert not (tmp_path / "no" / "distill.pt").exists()
 
@@ -313,15 +312,15 @@ def test_views_are_asked_about_once(teachers, teach, tmp_path, monkeypatch, caps
     views = data.TrainingViews(data.open_dataset("voc", s["data_root"]), (48, 48), 48)
     for k, i in ((0, 3), (1, 0)):
         record, batch = records[5 * k + i], default_collate([views[k, i]])
-        view, size = views_on(torch.device("cpu"), batch)
-        Z, labels = distill.teach(teacher, view, size, s["pd"])
-        assert np.array_equal(record["view"], view[0])
-        assert record["size"].tolist() == size[0].tolist()
+        view = data.photometric_distortion(batch["view"], batch["colours"])
+        Z, labels = distill.teach(teacher, view, batch["size"], s["pd"])
+        assert np.array_equal(record["view"], view[0]) and not torch.equal(view, batch["view"])
+        assert record["size"].tolist() == batch["size"][0].tolist()
         assert (record["labels"] == labels[0].numpy()).mean() > 0.99
         assert_close(torch.from_numpy(record["Z"]).float(), Z[0], rtol=2e-3, atol=2e-3)
     monkeypatch.setattr(distill, "teach", None)  # another run asks nothing
     assert same(expected["state"], teach("b", *options)["state"])
-    refuses("2", teach, "c", *options, "--pd", 0.5, error=SystemExit)
+    refuses("^2$", teach, "c", *options, "--pd", 0.5, error=SystemExit)
     assert "views-distill.json was made with other settings" in capsys.readouterr().err
 
 

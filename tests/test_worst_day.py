@@ -271,10 +271,20 @@ def send_in_steps(patch, script, number):
     patch.setattr(script, step, interrupted)
 
 
+@contextlib.contextmanager
+def handled(number, handler):
+    """As if the shell had started this process with another handler for a signal."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_saves_and_the_same_command_goes_on(job, trained_demo, monkeypatch, capsys, number):
     script, command, path = job
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, handled(number, signal.SIG_DFL):
         send_in_steps(patch, script, number)
         with pytest.raises(SystemExit, match="130"):
             run(*command)
@@ -290,12 +300,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(job, trained_demo, monkeypatc
 def test_nohup_is_heeded(job, monkeypatch):
     script, command, path = job
     send_in_steps(monkeypatch, script, signal.SIGHUP)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    with handled(signal.SIGHUP, signal.SIG_IGN):
         run(*command)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
     assert learned(path.parent, path.name)["finished"]
 
 

@@ -52,7 +52,7 @@ def test_images_of_any_mode_and_size(predict):
              "CMYK.jpg": "CMYK", "p.webp": "RGB", "b.bmp": "RGB"}
     for name, mode in kinds.items():
         picture(f"in/{name}", mode=mode)
-    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 109).save("in/deep.png")
+    Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27).save("in/deep.png")
     sizes = {"one.png": (1, 1), "wide.png": (1201, 3), "tall.png": (5, 701), "odd.png": (97, 53)}
     for name, size in sizes.items():
         picture(f"in/{name}", size)
@@ -60,7 +60,7 @@ def test_images_of_any_mode_and_size(predict):
     turned.getexif()[0x0112] = 6
     turned.save("in/turned.jpg", exif=turned.getexif())
     rows = predict("in")
-    sizes |= {"turned.jpg": (20, 30)} | dict.fromkeys(kinds, (60, 40))
+    sizes |= {"turned.jpg": (20, 30)} | dict.fromkeys([*kinds, "deep.png"], (60, 40))
     assert [Path(row["image"]).name for row in rows] == sorted(sizes)
     check_outputs(rows, [sizes[name] for name in sorted(sizes)])
     assert {row["stage"] for row in rows} == {"rectified"}

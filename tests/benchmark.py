@@ -504,7 +504,8 @@ def files(args):
             save(with_legend(image, mask, colours, entries), path)
             return path
 
-        compare("overlay of a prediction", lambda: draw(Path(folder, "plain.png"), Image.Image.save),
+        compare("overlay of a prediction",
+                lambda: draw(Path(folder, "plain.png"), Image.Image.save),
                 lambda: draw(Path(folder, "ours.png"), save_picture), args,
                 lambda ours, plain: torch.equal(read_image(ours), read_image(plain)))
 

@@ -128,7 +128,7 @@ def test_every_epoch_has_its_learning_rate_and_the_loss_falls(demo):
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
-@pytest.mark.parametrize("step, method", [(2, "save"), (3, "after")])  # at a checkpoint; between two
+@pytest.mark.parametrize("step, method", [(2, "save"), (3, "after")])  # at checkpoints, between
 def test_two_and_two_steps_are_four(demo, monkeypatch, step, method):
     whole = demo(out="whole")
     with monkeypatch.context() as patch:

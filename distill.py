@@ -26,14 +26,14 @@ from torch import nn
 from clip.weights import read_state_dict
 from data import (IMAGENET_MEAN, IMAGENET_STD, TrainingViews, draw_seed, name_counts, normalise,
                   open_dataset, padding)
-from files import (VOID, Parser, UserError, clean_exit, count, fingerprint, natural,
+from files import (VOID, Parser, UserError, clean_exit, count, fingerprint, make_folder, natural,
                    path as user_path, positive, read_ahead, seed as seed_number, share)
 from maps import label_map, prompt_denoising, resample, to_cells, upsample
 from reclip import (PAPER, ROWS, Decoder, PositionLogits, best_name, classify, contrastive_loss,
                     gumbel_masks, gumbel_noise, head_denoising, hypotheses_folder,
                     make_hypotheses, masked_pooling, open_rectified, resized_positions)
 from run import (Batches, Run, as_checkpoint, barrier, checkpoint_in, folder_lock,
-                 leave_processes, load_backbone, load_checkpoint, make_folder, make_views,
+                 leave_processes, load_backbone, load_checkpoint, make_views,
                  mean_over_processes, network_facts, one_first, parallel, passed_on, pick_device,
                  plain, to_device, use_amp, views_on, world)
 

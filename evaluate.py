@@ -31,15 +31,15 @@ from data import (CLASSES, called, dataset_palette, draw_seed, open_dataset, par
                   resize_to_scale)
 from distill import load_student
 from files import (PHOTOS, VOID, Parser, Progress, UserError, clean_exit, count, list_folder,
-                   natural, path as user_path, positive, printable, read_ahead, read_image,
-                   save_picture, share, write_text)
+                   make_folder, natural, path as user_path, positive, printable, read_ahead,
+                   read_image, save_picture, share, write_text)
 from maps import (comparison, confusion_figure, distance_figure, heatmaps, label_map, pamr,
                   prompt_denoising, with_legend)
 from reclip import (SURGERIES, RectifiedCLIP, authors_method, authors_state, from_authors,
                     hypotheses_folder, make_hypotheses, open_rectified, plain_maskclip,
                     query_features, recipe)
 from run import (checkpoint_in, folder_lock, gather, leave_processes, load_checkpoint, load_clip,
-                 make_folder, pick_device, rank, to_device, use_amp, usual_surgery, world)
+                 pick_device, rank, to_device, use_amp, usual_surgery, world)
 
 # ------------------------------------------------------------------------------------------------
 # Scores

@@ -21,6 +21,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
@@ -560,6 +561,16 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
+def make_folder(path):
+    """Make a run's folder. Raises UserError where it cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from None
+
+
 def unpack(archive, root, tree):
     """Unpack a tar or zip file, of which `tree` appears in root when all of it is there.
 
@@ -628,6 +639,12 @@ class _Reader(torch.utils.data.Dataset):
 def _heedless(worker):
     """Ctrl-C is for the process that reads ahead; its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def cores_each():
+    """The cores of this machine that are there for each of its processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def read_ahead(dataset, keys, workers, collate=None):

@@ -29,12 +29,12 @@ from clip.weights import read_weights
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
                   TrainingViews, check_dataset, download, draw_seed, evenly, name_counts, names_of,
                   normalise, open_dataset, parse_classes, resize_to_scale)
-from files import (Parser, Progress, UserError, clean_exit, count, natural, path as user_path,
-                   positive, read_ahead, seed as seed_number, share)
-from run import (Batches, Run, as_checkpoint, ask_once, barrier, clip_fingerprint, cores_each,
-                 folder_lock, image_encoder, leave_processes, load_checkpoint, load_clip,
-                 make_folder, make_views, network_facts, parallel, passed_on, pick_device, plain,
-                 rank, to_device, use_amp, usual_surgery, views_on, world)
+from files import (Parser, Progress, UserError, clean_exit, cores_each, count, make_folder, natural,
+                   path as user_path, positive, read_ahead, seed as seed_number, share)
+from run import (Batches, Run, as_checkpoint, ask_once, barrier, clip_fingerprint, folder_lock,
+                 image_encoder, leave_processes, load_checkpoint, load_clip, make_views,
+                 network_facts, parallel, passed_on, pick_device, plain, rank, to_device, use_amp,
+                 usual_surgery, views_on, world)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -425,8 +424,7 @@ def checkpoint_in(path, *names):
     raise UserError(f"{path} is a folder without {' or '.join(names)}")
 
 
-# What may change when resuming: the machine, and where things are. Weights are told apart by
-# their fingerprints.
+# What may change when resuming: machine and places; weights are told apart by fingerprints.
 MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "download", "clip", "teacher",
            "labels", "labels_offset", "graph"}
 ADDED = dict(sigma=5.0, heads=None, train_split="train")  # what older checkpoints do not say
@@ -550,16 +548,6 @@ def load_backbone(backbone, state, source):
     backbone.load_state_dict(state)
 
 
-def make_folder(path):
-    """Make a run's folder. Raises UserError where it cannot be made or written to."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from None
-
-
 @contextlib.contextmanager
 def folder_lock(path, wait=False):
     """Hold a lock file, so that two processes do not write the same things at a time.
@@ -588,8 +576,7 @@ def folder_lock(path, wait=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Devices, and several processes: torchrun --nproc_per_node N reclip.py …, on one machine or on
-# several that share the run's folder
+# 4. Devices, and several processes by torchrun, on machines that share the run's folder
 
 PATIENCE = datetime.timedelta(days=1)  # of a process for the others, while one downloads or waits
 
@@ -617,12 +604,6 @@ def pick_device(name=None):
 def to_device(x, device):
     """A CPU tensor on a device, without waiting for what a GPU is at."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-
-def cores_each():
-    """The cores of this machine that are there for each of its processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def views_on(device, batch):

@@ -28,8 +28,7 @@ from data import (Parser, UserError, clean_exit, open_dataset, path, save_pictur
 from papers import (BLOCKS, CONTRADICTIONS, DISTILLED, RECTIFIED, STAGES, SWEEPS,  # noqa: E402
                     TABLES)
 from reclip import recipe  # noqa: E402
-from files import Progress  # noqa: E402
-from run import make_folder  # noqa: E402
+from files import Progress, make_folder  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Runs

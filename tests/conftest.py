@@ -9,10 +9,8 @@ import json
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -29,13 +27,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 import data  # noqa: E402
 import distill  # noqa: E402
-import evaluate  # noqa: E402
 import reclip  # noqa: E402
-import tables  # noqa: E402
 from clip.model import CLIP, build_model  # noqa: E402
-from run import Run, load_checkpoint  # noqa: E402
-
-LONG = bool(os.environ.get("RECLIP_LONG"))  # run the long forms of test_fuzz and test_worst_day
 
 
 @pytest.fixture(autouse=True)
@@ -181,36 +174,6 @@ def picture(path, size=(60, 40), mode="RGB", seed=0, **options):
     Image.fromarray(blocks).resize(size, 0).convert(mode).save(path, **options)
 
 
-def bits_flipped(content, draw, count, spans=None):
-    """Bytes, some bits flipped, each among the first bytes: as many as one of `spans`, or all."""
-    content = bytearray(content)
-    for _ in range(count if content else 0):
-        content[draw.randrange(draw.choice(spans or [len(content)]))] ^= 1 << draw.randrange(8)
-    return bytes(content)
-
-
-def mat_element(order, kind, content):
-    """An element of a MAT 5 file: small ones packed into eight bytes, others padded."""
-    if 0 < len(content) <= 4:
-        return struct.pack(order + "I", len(content) << 16 | kind) + content.ljust(4, b"\0")
-    return struct.pack(order + "II", kind, len(content)) + content + b"\0" * (-len(content) % 8)
-
-
-def mat_file(path, name, array, order="<", compressed=True, stored=None, mat_class=11):
-    """Write a MATLAB 5 file with one matrix."""
-    stored = stored or {"u1": 2, "u2": 4}[array.dtype.str[1:]]
-    content = array.astype(array.dtype.newbyteorder(order)).tobytes(order="F")
-    body = (mat_element(order, 6, struct.pack(order + "II", mat_class, 0))
-            + mat_element(order, 5, struct.pack(order + f"{array.ndim}i", *array.shape))
-            + mat_element(order, 1, name.encode()) + mat_element(order, stored, content))
-    element = mat_element(order, 14, body)
-    if compressed:
-        squeezed = zlib.compress(element)  # the one kind of element that is not padded
-        element = struct.pack(order + "II", 15, len(squeezed)) + squeezed
-    header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(order + "HH", 0x0100, 0x4D49)
-    path.write_bytes(header + element)
-
-
 @pytest.fixture
 def voc_root(tmp_path):
     """VOC's tree with three photographs: two to train on, one to evaluate."""
@@ -245,20 +208,14 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(data, "Shapes", SmallShapes)
 
 
-def demo_command(script, out="run"):
-    """The command that makes reclip.pt or distill.pt of `trained_demo` in a folder."""
-    return {reclip: (reclip.main, "--out", out, "--epochs", 3),
-            distill: (distill.main, "--teacher", f"{out}/reclip.pt", "--epochs", 1)}[script]
-
-
 @pytest.fixture(scope="session")
 def trained_demo(tmp_path_factory):
     """A folder with reclip.pt and distill.pt of the small demo, hardly trained; to read only."""
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "Shapes", SmallShapes)
-        run(*demo_command(reclip, out))
-        run(*demo_command(distill, out))
+        run(reclip.main, "--out", out, "--epochs", 3)
+        run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
     return out
 
 
@@ -270,37 +227,14 @@ def demo_copy(trained_demo, small_demo, tmp_path, monkeypatch):
     return Path("run")
 
 
-TABLES = (
-    ("Table X: one", "VOC ADE", 0, (
-        ("MaskCLIP", "maskclip", "49.5 –"),
-        ("ReCLIP++", "reclip++", "73.5 13.5"),
-        ("distilled", "reclip++-mask", "77.7 –"))),
-    ("Table Y: another", "Context", None, (
-        ("class", "reclip++ class_preference", "0.37"),
-        ("probe", "reclip++ linear_probe", "–"))),
-)
+@pytest.fixture
+def demo(small_demo, tmp_path):
+    """demo(*arguments, out=…) → the folder of a short run of the small demo."""
+    def demo(*arguments, out="run", epochs=2):
+        run(reclip.main, "--out", tmp_path / out, "--epochs", epochs, *arguments)
+        return tmp_path / out
 
-
-def few_tables(patch):
-    """tests/tables.py with few rows, steps and runs of Fig. 3; patch: a MonkeyPatch."""
-    scale, crop, _, _, *rest = reclip.DEMO
-    patch.setattr(reclip, "DEMO", (scale, crop, 2, 2, *rest))
-    patch.setitem(distill.DEMO, "epochs", 1)
-    probe = evaluate.linear_probe
-    patch.setattr(evaluate, "linear_probe", lambda *args: probe(*args[:3], 2))
-    patch.setattr(tables, "TABLES", TABLES)
-    patch.setattr(tables, "STAGES", {})
-    patch.setattr(tables, "RECTIFIED", {name: tables.RECTIFIED[name]
-                                        for name in ("maskclip", "reclip++", "global")})
-    patch.setattr(tables, "DISTILLED", {"reclip++-mask": tables.DISTILLED["reclip++-mask"]})
-    patch.setitem(tables.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
-
-
-def snapshot(folder):
-    """{path: content} of all files in a folder, None for a folder, the target for a link."""
-    content = lambda path: (os.readlink(path) if path.is_symlink() else
-                            path.read_bytes() if path.is_file() else None)
-    return {str(path): content(path) for path in Path(folder).rglob("*")}
+    return demo
 
 
 # ---- Commands ----------------------------------------------------------------------------------
@@ -320,21 +254,8 @@ def python(*arguments, cwd=REPOSITORY, **environment):
 
 
 @pytest.fixture
-def demo(small_demo, tmp_path, monkeypatch):
-    """demo(*arguments, out=…) → the folder of a short run of the small demo, every step logged."""
-    monkeypatch.setattr(Run, "every", 1)
-
-    def demo(*arguments, out="run", epochs=2):
-        run(reclip.main, "--out", tmp_path / out, "--epochs", epochs, *arguments)
-        return tmp_path / out
-
-    return demo
-
-
-@pytest.fixture
 def mistake(capsys):
     """mistake(main, *arguments) → the one line that a command ends with, and exit code 2."""
-
     def mistake(main, *arguments):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
@@ -347,39 +268,20 @@ def mistake(capsys):
     return mistake
 
 
-def interrupt(patch, step, method="after"):
-    """Training ends in a step, after a method of Run; each epoch saves a checkpoint."""
-    original = getattr(Run, method)
-
-    def stop(self, number, *args, **kwargs):
-        original(self, number, *args, **kwargs)
-        if number == step:
-            raise KeyboardInterrupt
-
-    patch.setattr(Run, method, stop)
-    # as if an epoch took longer than ten seconds
-    patch.setattr(Run, "due", lambda run, epoch_ends: epoch_ends)
-
-
 def learned(out, name="reclip.pt"):
     """All that training determines of the checkpoint in a run's folder: not paths and machines."""
-    checkpoint = load_checkpoint(out / name)
+    checkpoint = reclip.load_checkpoint(Path(out) / name)
     return {key: checkpoint[key] for key in ("state", "Wr", "optimizer", "step", "finished")}
 
 
+def snapshot(folder):
+    """{path: content} of all files in a folder."""
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 def json_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def results(out):
-    return json.loads((out / "results.json").read_text())
-
-
-def predictions(out="out"):
-    return json_lines(Path(out, "predictions.jsonl"))
-
-
-def log(out):
-    """log.jsonl of a run's folder, without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "waited_s")}
-            for row in json_lines(out / "log.jsonl")]
+    return json.loads(Path(out, "results.json").read_text())

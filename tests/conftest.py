@@ -215,7 +215,7 @@ def trained_demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "Shapes", SmallShapes)
         run(reclip.main, "--out", out, "--epochs", 3)
-        run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 1)
+        run(distill.main, "--teacher", out / "reclip.pt", "--epochs", 2)
     return out
 
 

@@ -5,26 +5,22 @@ here. tables.py makes ours and puts them beside these. "Conference paper": ReCLI
 otherwise a table is one of ReCLIP++ (2024).
 """
 
-# Runs of reclip.py: what they change of plain ReCLIP++. A model without decoder wants the τ1 of
-# ReCLIP (sharp), one with a decoder, whose BatchNorm widens the logits, that of ReCLIP++ (soft).
+# Runs of reclip.py: what they change of plain ReCLIP++; what follows from that, recipe() knows.
 RECTIFIED = {
     "maskclip": "--method maskclip",
     "reclip": "--method reclip",
     "reclip++": "",
-    "reclip-decoder": "--method reclip --decoder --mask-temperature {soft}",
-    "reclip-decoder-crops":
-        "--method reclip --decoder --mask-temperature {soft} --hypothesis crops",
+    "reclip-decoder": "--method reclip --decoder",
+    "reclip-decoder-crops": "--method reclip --decoder --hypothesis crops",
     "reclip-reference": "--method reclip --bias reference",
     "reclip-reference-query": "--method reclip --bias reference --learn-query",
     "reclip-add": "--method reclip --add",
     "query": "--learn-query",
     "add": "--add",
     "tune-encoder": "--tune-encoder --views 0",
-    "global": "--hypothesis {whole}",
+    "global": "--hypothesis global",
     "no-bias": "--bias none",
-    "no-decoder": "--no-decoder --mask-temperature {sharp}",
-    "cosine": "--pooling cosine",
-    "class-norm": "--wr-norm class",
+    "no-decoder": "--no-decoder",
 }
 # Runs of distill.py: their teacher, and what they change of the recipe.
 DISTILLED = {"maskclip+": ("maskclip", "")} | {
@@ -117,8 +113,6 @@ TABLES = (
     ("Not in the papers' tables, rectified", "–", None, (
         ("ReCLIP++", "reclip++", "–"),
         ("ReCLIP++, no prompt denoising", "reclip++ no_pd", "–"),
-        ("cosine pooling", "cosine", "–"),
-        ("Wr normalised per class", "class-norm", "–"),
         ("no bias subtracted", "no-bias", "–"),
         ("no decoder", "no-decoder", "–"))),
 )

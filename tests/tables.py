@@ -14,38 +14,28 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill  # noqa: E402
 import evaluate  # noqa: E402
-import maps  # noqa: E402
 import reclip  # noqa: E402
-from data import (Parser, UserError, clean_exit, open_dataset, path, save_picture,  # noqa: E402
-                  seed, write_text)
+from data import (Parser, Progress, UserError, clean_exit, make_folder, open_dataset,  # noqa: E402
+                  save_picture, seed_number, user_path, write_text)
 from papers import (BLOCKS, CONTRADICTIONS, DISTILLED, RECTIFIED, STAGES, SWEEPS,  # noqa: E402
                     TABLES)
-from reclip import recipe  # noqa: E402
-from files import Progress, make_folder  # noqa: E402
-
-# ------------------------------------------------------------------------------------------------
-# Runs
 
 
 def all_runs(dataset, preset="release"):
-    """What there is to run, and the tables, with τ1, other last blocks and Fig. 3 filled in.
+    """What there is to run, and the tables, with other last blocks and Fig. 3 filled in.
 
     Returns {run: (teacher or None, flags)}, teachers before students, and a list of
     dict(title, data_sets, reference, rows), each row a dict(label, run, measure, papers); run is
     "–" for what is only quoted.
     """
-    own, sweeps = recipe(dataset, preset), SWEEPS.get(dataset, SWEEPS["others"])
-    first = recipe(dataset, preset, "reclip")
-    words = dict(sharp=first["mask_temperature"], soft=own["mask_temperature"],
-                 whole=first["hypothesis"])
-    runs = {run: (None, flags.format(**words)) for run, flags in RECTIFIED.items()}
+    own, sweeps = reclip.recipe(dataset, preset), SWEEPS.get(dataset, SWEEPS["others"])
+    runs = {run: (None, flags) for run, flags in RECTIFIED.items()}
     students, tables = dict(DISTILLED), list(TABLES)
     for kind, run in STAGES.items():
         rows, theirs = [], BLOCKS if kind == "masks" else {}
@@ -56,8 +46,7 @@ def all_runs(dataset, preset="release"):
                 students.setdefault(name, (name.replace("-distilled", ""), ""))
             else:  # the demo's grid is small
                 sigma = " --sigma 2" * (block == "naclip" and dataset == "shapes")
-                flags = f"{RECTIFIED[run]} --surgery {block}{sigma}"
-                runs.setdefault(name, (None, flags))
+                runs.setdefault(name, (None, f"{RECTIFIED[run]} --surgery {block}{sigma}"))
             for label, refined in ((block, ""), (f"{block}, PAMR", " pamr")):
                 rows.append((label, name + refined, theirs.get(block + refined, blank)))
         tables.append((f"Other last blocks, {kind}", data_sets, 0, rows))
@@ -68,8 +57,8 @@ def all_runs(dataset, preset="release"):
             run = "reclip++" if value == own[key] else f"{letter}-{value:.3g}"
             runs.setdefault(run, (None, f"--{key.replace('_', '-')} {value}"))
             rows.append((f"{letter} = {value:.3g}", run, "–"))
-        tables.append((f"{title}, rectified", "–", None,
-                       [*rows, ("global hypotheses", "global", "–")]))
+        rows.append(("global hypotheses", "global", "–"))
+        tables.append((f"{title}, rectified", "–", None, rows))
     number = lambda text: None if text == "–" else float(text)
     return runs | students, [dict(title=title, data_sets=names.split(), reference=reference, rows=[
         dict(label=label, run=run.split()[0], measure=(run.split() + ["miou"])[1],
@@ -81,18 +70,15 @@ def command(run, seed, runs, args):
     """How to make a run: the script, a module, and its arguments as a list of words."""
     (teacher, flags), out = runs[run], ["--out", f"{args.out}/{run}-{seed}", *args.passed_on]
     if teacher:
-        return distill, ["--teacher", f"{args.out}/{teacher}-{seed}/reclip.pt", *flags.split(),
-                         *out]
+        path = f"{args.out}/{teacher}-{seed}/reclip.pt"
+        return distill, ["--teacher", path, *flags.split(), *out]
     preset = ["--preset", args.preset] * (args.preset != "release")
     words = ["--dataset", args.dataset, "--seed", str(seed), *preset, *flags.split(), *out]
-    s = reclip.settings_of(reclip.parse_arguments(words))
-    kind = s.hypothesis + (f"-{s.crop_ratio:.3g}" if s.hypothesis == "crops" else "")
-    kind += f"-{s.surgery}" * ("--surgery" in words and s.views > 0)  # which depend on it
-    return reclip, [*words, "--cache", f"{args.out}/cache-{kind}-{seed}"]
+    return reclip, [*words, "--cache", f"{args.out}/cache-{seed}"]
 
 
 def measured(folder, teacher, flags):
-    """{measure: value} in a run's results.json, of its own stage."""
+    """{measure: value} in a run's results.json, of its own stage, by the recipe's evaluation."""
     file = Path(folder) / "results.json"
     stage = "distilled" if teacher else "maskclip" if "maskclip" in flags else "rectified"
     try:
@@ -104,20 +90,6 @@ def measured(folder, teacher, flags):
                   no_pd=f"{stage}_no_pd" if f"{stage}_no_pd" in results else stage)
     return results.get(stage, {}) | {measure: results[name]["miou"]
                                      for measure, name in others.items() if name in results}
-
-
-class Quiet:
-    """In place of sys.stdout: a run's output goes to a file, now and then a line to the user."""
-
-    def __init__(self, file):
-        self.file, self.stdout, self.shown = file, sys.stdout, time.monotonic()
-        self.flush, self.isatty = file.flush, lambda: False
-
-    def write(self, text):
-        self.file.write(text)
-        if text.strip() and time.monotonic() - self.shown > 5:
-            self.shown = time.monotonic()
-            print(f"  {text.strip()[:90]}", file=self.stdout, flush=True)
 
 
 def make_runs(runs, tables, args):
@@ -139,23 +111,19 @@ def make_runs(runs, tables, args):
     progress = Progress("tables", total, total - len(todo))
     for run, folder, script, words in todo:
         make_folder(folder)
-        print(folder.name, flush=True)
-        with open(folder / "log.txt", "a", encoding="utf-8") as file:
-            with contextlib.redirect_stdout(Quiet(file)):
+        print(f"{folder.name}, which tells in {folder}/log.txt how far it is", flush=True)
+        with open(folder / "log.txt", "a", encoding="utf-8", buffering=1) as file:
+            with contextlib.redirect_stdout(file):
                 script.main(words)
-                missing = needed[run] - measured(folder, *runs[run]).keys()
                 flags = {"--bias" if measure.endswith("preference") else
-                         f"--{measure.replace('_', '-')}" for measure in missing}
+                         f"--{measure.replace('_', '-')}"
+                         for measure in needed[run] - measured(folder, *runs[run]).keys()}
                 if flags:
-                    evaluate.main(["--checkpoint", f"{folder}/{script.__name__}.pt", *flags,
-                                   *args.passed_on])
+                    evaluate.main(["--checkpoint", f"{folder}/{script.__name__}.pt",
+                                   *sorted(flags), *args.passed_on])
         write_text(folder / "command.txt", " ".join(words))
         progress.advance(1)
     progress.close()
-
-
-# ------------------------------------------------------------------------------------------------
-# Tables
 
 
 def direction(differences, gaps, smallest=0.5):
@@ -200,16 +168,11 @@ NOTE = """Ours: mean ± standard deviation over n = {n} seeds ({seeds}), on the 
 {dataset}, by the preset {preset}. *Theirs*: the number of the papers for the same row, on the data
 set named, which is not ours; none of it was measured here. mIoU in per cent unless the title says
 otherwise. "not run": methods of others, with the numbers that the papers quote. *Theirs* of other
-last blocks are those of ClearCLIP, SCLIP and NACLIP: nothing trained, with sliding windows and
-lists of synonyms.
+last blocks: ClearCLIP, SCLIP and NACLIP, with sliding windows and lists of synonyms.
 
-Direction: our difference from the table's reference row and its standard deviation over the seeds,
-and whether it has the sign of the papers' (in the mean over their data sets). "within s.d.": it is
-smaller than its standard deviation. A dash: nothing is said, since one of the two differences is
-below 0.5 mIoU (0.01 for a preference score) or not there, or for a single seed.
-
-A model without decoder is trained with the τ1 of ReCLIP's recipe, one with a decoder with that of
-ReCLIP++'s; a command has --mask-temperature where this is not its own method's.
+Direction: our difference from the table's reference row ± its standard deviation over the seeds,
+and whether it has the sign of the papers'; "within s.d.": it is smaller than that. A dash: one of
+the two is below 0.5 mIoU (0.01 for a preference score) or not there, or there is a single seed.
 """
 
 
@@ -230,7 +193,7 @@ def markdown(tables, runs, args):
                     spread(row["mean"], row["sd"]))
             noted = [CONTRADICTIONS.get((row["run"], name)) if number and row["measure"] == "miou"
                      else None for name, number in zip(table["data_sets"], row["papers"])]
-            theirs = ["–" if value is None else f"*{value:{form}}*" + ("\\*" if note else "")
+            theirs = ["–" if value is None else f"*{value:{form}}*" + "\\*" * bool(note)
                       for value, note in zip(row["papers"], noted)]
             verdict = row["direction"] or "–"
             verdict = "**opposite**" if verdict == "opposite" else verdict
@@ -253,8 +216,8 @@ def sensitivity_figure(tables):
         xs = [float(row["label"].split()[-1]) for row in rows]
         lines = {"hypotheses of crops": [*map(point, xs, rows)],
                  last["label"]: [point(xs[i], last) for i in (0, -1)]}
-        panels.append(maps.chart(lines, xs, rows[0]["label"].split()[0], width=470, height=400))
-    return maps.beside(panels)
+        panels.append(evaluate.chart(lines, xs, rows[0]["label"].split()[0], width=470, height=400))
+    return evaluate.beside(panels)
 
 
 @clean_exit
@@ -262,10 +225,10 @@ def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--dataset", default="shapes", help="default: shapes, the built-in demo")
-    flag("--data-root", type=path, help="the folder that holds the data set")
+    flag("--data-root", type=user_path, help="the folder that holds the data set")
     flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
-    flag("--seeds", type=seed, nargs="+", default=[0, 1, 2])
-    flag("--out", type=path, default=Path("runs/tables"), help="default: runs/tables")
+    flag("--seeds", type=seed_number, nargs="+", default=[0, 1, 2])
+    flag("--out", type=user_path, default=Path("runs/tables"), help="default: runs/tables")
     args, args.passed_on = parser.parse_known_args(argv)
     args.passed_on += ["--data-root", str(args.data_root)] if args.data_root else []
     if len(set(args.seeds)) < len(args.seeds):

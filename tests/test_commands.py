@@ -1,403 +1,486 @@
-"""The scripts as they are used: whole runs on photographs and on the demo, mistakes, --help."""
+"""The scripts as they are used: whole runs, interrupted ones, several processes, mistakes."""
 
-import functools
+import ast
+import contextlib
+import itertools
+import multiprocessing
 import os
 import re
+import resource
+import shlex
 import shutil
+import signal
 import socket
+import sys
+import threading
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
 
 import data
 import distill
 import evaluate
 import reclip
-from clip import pretrain
-from clip.model import CLIP
-from conftest import (REPOSITORY, demo_command, interrupt, learned, log, python, raising, results,
-                      run, same)
-from run import FixedViews, load_checkpoint
+from clip.clip import TINY_PATH
+from conftest import (REAL, REPOSITORY, Bomb, SmallShapes, json_lines, learned, picture, python,
+                      raising, random_clip, results, run, same, save, save_clip, snapshot)
 
-STAGES = ["maskclip", "rectified", "rectified_no_pd"]  # of a recipe with prompt denoising
+TRAIN = (reclip.main, "--out", "run", "--epochs", 3)  # the commands of conftest's trained_demo
+TEACH = (distill.main, "--teacher", "run/reclip.pt", "--epochs", 2)
 
-
-@pytest.fixture
-def rectify(demo, voc_root, clip_file):
-    """rectify(*arguments, out=…) → the folder of a short run on the photographs of VOC's layout."""
-    return functools.partial(demo, "--dataset", "voc", "--data-root", voc_root, "--clip", clip_file,
-                             "--workers", 0)
+# ---- Whole runs --------------------------------------------------------------------------------
 
 
-def check_results(out, classes, stages):
-    """The form of results.json: per stage mIoU, pixel accuracy and an IoU a class, in percent."""
-    found = results(out)
-    assert list(found) == stages
-    for result in found.values():
-        assert list(result["iou"]) == classes
-        iou = [value for value in result["iou"].values() if value is not None]
-        assert all(0 <= value <= 100 for value in (*iou, result["pixel_accuracy"]))
-        assert result["miou"] == pytest.approx(sum(iou) / len(iou))
-    return found
-
-
-def test_voc_from_hypotheses_to_miou(rectify, voc_root, clip_file, tmp_path, capsys):
-    here = shutil.copy(clip_file, tmp_path / "here.pt")
-    out = rectify("--clip", here)
-    votes = np.load(out / "hypotheses.npy")["scores"]
-    assert votes.shape == (2, 20) and votes.sum(1).tolist() == [121, 121]
-    assert learned(out)["step"] == 4 and learned(out)["finished"]
-    rectified = check_results(out, data.CLASSES["voc"], STAGES)["rectified"]
-    assert rectified["pd"] == 1.0 and rectified["images"] == 1
+def test_the_demo_from_another_folder(small_demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(reclip.main, "--epochs", 6)
+    run(distill.main, "--epochs", 1)  # of the newest teacher
+    out = Path("runs/shapes")
     said = capsys.readouterr().out
-    assert "mIoU" in said and "tv monitor" in said and "hypotheses:" in said
-    # The same command again trains nothing and prints the same table.
-    before = results(out), log(out)
-    assert (results(rectify("--clip", here)), log(out)) == before
-    assert said.count("\nmIoU") == capsys.readouterr().out.count("\nmIoU") == 1
-    # So it does when things have moved.
-    there = here.rename(tmp_path / "there.pt")
-    moved = voc_root.rename(tmp_path / "moved")
-    assert results(rectify("--clip", there, "--data-root", moved)) == before[0]
+    assert "mIoU" in said and "ladybug" in said and "distilled" in said
+    before = learned(out), learned(out, "distill.pt"), results(out)
+    losses = [row["loss"] for row in json_lines(out / "log.jsonl")]
+    assert losses and all(0 < loss < 10 for loss in losses)
+    run(reclip.main, "--epochs", 6)  # trains nothing, prints the same table
+    assert capsys.readouterr().out.count("\nmIoU") == 1
+    run(evaluate.main, "--checkpoint", out, "--figures", "--bias", "--linear-probe")
+    found = results(out)
+    assert {"maskclip", "rectified", "distilled"} <= found.keys()
+    for name, result in before[2].items():
+        iou = result["iou"]
+        assert found[name]["iou"] == iou and list(iou) == list(data.SHAPES)
+        assert result["miou"] == pytest.approx(sum(iou.values()) / 10)
+    assert same(before[:2], (learned(out), learned(out, "distill.pt")))
+    assert len(list(out.glob("*.png"))) >= 3
+    run(data.main, "--out", "sheet.png")
+    assert Path("sheet.png").exists()
 
 
-def test_cityscapes_in_both_encodings(cityscapes_root, rectify):
-    out = rectify("--dataset", "cityscapes", "--data-root", cityscapes_root)
-    assert np.load(out / "hypotheses.npy")["scores"].sum(1).tolist() == [121]
-    before = check_results(out, data.CLASSES["cityscapes"], STAGES)
-    for path in cityscapes_root.rglob("*_labelTrainIds.png"):
-        path.unlink()
-    run(evaluate.main, "--checkpoint", out / "reclip.pt")
-    again = check_results(out, data.CLASSES["cityscapes"], STAGES)
-    for name, result in before.items():  # the two files differ in 77 pixels
-        assert again[name] != result
-        assert again[name]["miou"] == pytest.approx(result["miou"], abs=0.1)
+def test_no_label_is_opened_to_train(voc_root, clip_file, tmp_path, monkeypatch):
+    """With every label file deleted the same checkpoints come of both scripts."""
+    def train(out):
+        run(reclip.main, "--dataset", "voc", "--data-root", voc_root, "--clip", clip_file, "--out",
+            out, "--workers", 0, "--epochs", 1, "--crop-ratio", 1, "--scale", 96, 96, "--crop", 64)
+        run(distill.main, "--teacher", out, "--student", "small", "--backbone", "none", "--epochs",
+            1, "--workers", 0)
+        return learned(out), learned(out, "distill.pt")
 
-
-def test_folder_trains_on_photographs_alone(photos, rectify, capsys):
-    out = rectify("--dataset", "folder", "--data-root", photos, "--classes", "cat, dog, sofa")
-    assert learned(out)["step"] == 6 and len(learned(out)["state"]["Wq"]) == 3
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "folder has no labels to compare with; masks of images: python evaluate.py --checkpoint "
-        f"{out}/reclip.pt --images …")
-    assert not (out / "results.json").exists()
-    run(evaluate.main, "--checkpoint", out / "reclip.pt")
-    assert capsys.readouterr().out.startswith("folder has no labels to compare with; masks of")
-
-
-def test_vit_b16(rectify, voc_root, cityscapes_root, tmp_path, monkeypatch):
-    """The same path with the sizes of ViT-B/16; few templates and crops, for the sake of time."""
-    torch.manual_seed(0)
-    model = CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12)
-    torch.save({k: v.half() for k, v in model.state_dict().items()}, tmp_path / "clip.pt")
-    del model
-    few = functools.partial(reclip.query_features, templates=["a photo of a {}.", "the {}."])
-    monkeypatch.setattr(reclip, "query_features", few)
-    for name, root in ("voc", voc_root), ("cityscapes", cityscapes_root):
-        out = rectify("--dataset", name, "--data-root", root, "--clip", tmp_path / "clip.pt",
-                      "--crop-ratio", 1, "--epochs", 1, "--batch", 1, "--scale", 400, 96,
-                      "--crop", 96, out=f"{name}-run")
-        state = learned(out)["state"]
-        assert state["reference.prompt"].shape == (73, 512)
-        assert state["position.weight"].shape == (512, 768, 1, 1)
-        C = len(data.CLASSES[name])
-        assert state["decoder.conv.weight"].shape == (C, 512 + C, 5, 5)
-        check_results(out, data.CLASSES[name], STAGES)
-    (tmp_path / "clip.pt").unlink()  # 300 MB, which pytest would keep
-
-
-def test_neither_workers_nor_label_files_change_training(rectify, voc_root):
-    labelled, workers = rectify(out="labelled"), rectify("--workers", 2, out="workers")
-    assert same(learned(labelled), learned(workers)) and results(labelled) == results(workers)
+    labelled = train(tmp_path / "labelled")
+    assert results(tmp_path / "labelled").keys() == {"maskclip", "rectified", "rectified_no_pd",
+                                                     "distilled"}
     for path in voc_root.rglob("SegmentationClass/*.png"):
         path.unlink()
-    unlabelled = rectify(out="unlabelled")
-    assert (labelled / "results.json").exists() and not (unlabelled / "results.json").exists()
-    assert same(learned(labelled), learned(unlabelled)) and log(labelled) == log(unlabelled)
+    monkeypatch.setattr(data, "read_label", raising(AssertionError("a label is opened")))
+    assert same(train(tmp_path / "unlabelled"), labelled)
+    assert not (tmp_path / "unlabelled/results.json").exists()
 
 
-def test_every_epoch_has_its_learning_rate_and_the_loss_falls(demo):
-    rows = log(demo("--schedule", 32, epochs=12))
-    assert [row["step"] for row in rows] == [*range(1, 25)]  # 2 batches an epoch
-    expected = [0.03 * (1 - n // 2 / 32) ** 0.9 for n in range(24)]
-    assert [row["lr"] for row in rows] == pytest.approx(expected)
-    losses = [row["loss"] for row in rows]
-    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-
-
-@pytest.mark.parametrize("step, method", [(2, "save"), (3, "after")])  # at checkpoints, between
-def test_two_and_two_steps_are_four(demo, monkeypatch, step, method):
-    whole = demo(out="whole")
-    with monkeypatch.context() as patch:
-        interrupt(patch, step, method)
-        with pytest.raises(SystemExit, match="130"):
-            demo(out="parts")
-    half = learned(whole.with_name("parts"))
-    assert half["step"] == 2 and not half["finished"]
-    parts = demo(out="parts")
-    assert same(learned(parts), learned(whole)) and log(parts) == log(whole)
-    assert not same(half["state"], learned(whole)["state"])  # the other two steps do matter
-
-
-@pytest.mark.parametrize("options", [(), ("--learn-query", "--amp"), ("--method", "reclip")])
-def test_a_compiled_step_changes_nothing(demo, monkeypatch, options):
-    """Traced as for a CUDA graph, in one piece, and run without a GPU as it was traced."""
-    train, torch_compile, modes = reclip.train, torch.compile, []
-
-    def compile_on_the_cpu(step, mode, dynamic):
-        modes.append((mode, dynamic))
-        return torch_compile(step, backend="aot_eager", dynamic=dynamic, fullgraph=True)
-
-    def train_with_graph(s, *rest):
-        s.graph = True
-        train(s, *rest)
-
-    plain = learned(demo(*options, out="plain"))
-    monkeypatch.setattr(torch, "compile", compile_on_the_cpu)
-    monkeypatch.setattr(reclip, "train", train_with_graph)
-    assert same(learned(demo(*options, out="graph")), plain)
-    assert modes == [("reduce-overhead", False)]
-
-
-def test_seeds_differ_and_repeat(demo):
-    first, again = learned(demo(out="a")), learned(demo(out="b"))
-    other = learned(demo("--seed", 1, out="c"))
-    assert same(first, again) and not same(first["state"], other["state"])
-
-
-BOTH = ["maskclip", "rectified"]
-ALL_PARTS = {"reference", "position", "decoder"}
-
-
-@pytest.mark.parametrize("arguments, parts, stages", [
-    (("--method", "reclip"), {"reference", "position"}, BOTH),
-    (("--preset", "paper"), ALL_PARTS, BOTH),
-    (("--surgery", "program"), ALL_PARTS, BOTH),
-    (("--hypothesis", "global"), ALL_PARTS, BOTH),
-    (("--bias", "none"), {"decoder"}, BOTH),
-    (("--bias", "reference"), {"reference", "decoder"}, BOTH),
-    (("--no-decoder",), {"reference", "position"}, BOTH),
-    (("--add",), ALL_PARTS, BOTH),
-    (("--wr-norm", "class"), ALL_PARTS, BOTH),
-    (("--pooling", "cosine"), ALL_PARTS, BOTH),
-    # what is not CLIP's any more is not called MaskCLIP
-    (("--learn-query",), ALL_PARTS | {"query"}, ["rectified"]),
-    (("--tune-encoder", "--views", 0), ALL_PARTS | {"visual"}, ["rectified"]),
-])
-def test_methods_and_ablations(demo, trained_demo, arguments, parts, stages):
-    out = demo(*arguments, epochs=3)
-    state, plain = learned(out)["state"], learned(trained_demo)["state"]
-    assert {key.split(".")[0] for key in state} == parts | {"Wq"}
-    shared = [key for key in state.keys() & plain.keys() if key.endswith(("prompt", "weight"))]
-    assert shared and not any(torch.equal(state[key], plain[key]) for key in shared)
-    before = check_results(out, list(data.SHAPES), stages)
-    assert stages != BOTH or before["maskclip"]["iou"] != before["rectified"]["iou"]
-    again = run(evaluate.main, "--checkpoint", out / "reclip.pt")
-    assert all(again[name]["iou"] == result["iou"] for name, result in before.items())
-
-
-def test_bf16_is_close_to_float32(demo, monkeypatch):
-    whole = demo("--views", 0, out="whole")
-    texts, in_bf16 = reclip.encode_shared_prefix, []
-
-    def encode_shared_prefix(*args):
-        in_bf16.append(torch.is_autocast_enabled("cpu"))
-        return texts(*args)
-
-    monkeypatch.setattr(reclip, "encode_shared_prefix", encode_shared_prefix)
-    half = demo("--views", 0, "--amp", out="half")
-    assert in_bf16 == [True] * 4 + [False]  # four steps, and the checkpoint
-    losses = [[row["loss"] for row in log(out)] for out in (whole, half)]
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
-    miou = [results(out)["maskclip"]["miou"] for out in (whole, half)]
-    assert miou[0] == pytest.approx(miou[1], abs=1)
-    run(distill.main, "--teacher", half / "reclip.pt", "--epochs", 1, "--amp")
-    check_results(half, list(data.SHAPES), [*BOTH, "distilled"])
-
-
-def test_maskclip_needs_no_training_and_has_a_preset(demo):
-    out = demo("--method", "maskclip")
-    assert not (out / "hypotheses.npy").exists() and not (out / "log.jsonl").exists()
-    maskclip = check_results(out, list(data.SHAPES), ["maskclip"])["maskclip"]
-    assert maskclip == results(demo(out="trained"))["maskclip"] and maskclip["miou"] > 25
-    paper = demo("--method", "maskclip", "--preset", "paper", out="paper")
-    assert results(paper)["maskclip"]["iou"] != maskclip["iou"]
-
-
-def test_folders_are_named_after_what_is_not_default(small_demo, tmp_path, monkeypatch):
+def test_in_a_thread_without_arguments(small_demo, tmp_path, monkeypatch):
+    """As a notebook or a web interface calls it: no signals, and another program's arguments."""
     monkeypatch.chdir(tmp_path)
-    run(reclip.main, "--method", "maskclip")
-    run(reclip.main, "--method", "maskclip", "--preset", "paper", "--seed", 3)
-    release, paper = made = sorted(path.parent for path in Path("runs").glob("*/reclip.pt"))
-    assert list(map(str, made)) == ["runs/shapes-maskclip", "runs/shapes-maskclip-paper-seed3"]
-    # evaluate.py takes the one written last.
-    os.utime(release / "reclip.pt", (2e9, 2e9))
-    before = (paper / "results.json").stat().st_mtime_ns
-    found = run(evaluate.main, "--count-absent")
-    assert found["maskclip"]["count_absent"] and results(release) == found
-    assert (paper / "results.json").stat().st_mtime_ns == before
+    monkeypatch.setattr(sys, "argv", ["kernel.py", "-f", "kernel.json"])
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=reclip.main)
+    thread.start()
+    thread.join()
+    assert learned("runs/shapes")["finished"]
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def test_a_teacher_is_shown_as_its_recipe_evaluates_it(demo_copy, capsys):
-    def said():
-        capsys.readouterr()
-        run(*demo_command(distill))
-        return capsys.readouterr().out.splitlines()[-1]
-
-    usual = said()
-    assert re.fullmatch(r"mIoU: maskclip [\d.]+  rectified [\d.]+  distilled [\d.]+", usual)
-    for other in (("--pd", 0.99), ("--split", "train")):
-        run(evaluate.main, "--checkpoint", "run/reclip.pt", *other)
-        assert said() == usual
+# ---- Interrupted ones --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def encoded(monkeypatch):
-    """Counts the images that the dense encoder sees, and can stop after some."""
-    original = reclip.dense_features
+def live(words, name, calls, *numbers):
+    """A process's life: a command that gets signals in a call of one of its functions.
 
-    def encode(visual, images, *surgery):
-        encode.images += len(images)
-        if encode.images > encode.limit:
-            raise KeyboardInterrupt
-        return original(visual, images, *surgery)
+    words: as for `run`, the script's name first; name: of the function; calls: in which call; every
+    look at the clock is hours later, so that whatever is saved now and then is saved at once.
+    """
+    torch.set_num_threads(1)
+    script, seconds, function = sys.modules[words[0]], itertools.count(0, 10_000), None
+    data.Shapes, time.monotonic = SmallShapes, lambda: next(seconds)
 
-    encode.images, encode.limit = 0, 10**6
-    monkeypatch.setattr(reclip, "dense_features", encode)
-    return encode
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
 
-
-def test_as_many_views_as_epochs_are_fresh_views(demo):
-    fresh, fixed, two = (demo("--views", views, out=str(views), epochs=3) for views in (0, 3, 2))
-    assert not (fresh / "views.npy").exists()
-    features = np.load(fixed / "views.npy")["features"]
-    assert features.shape == (3 * 24, 64, 12, 12) and features.dtype == np.float16
-    for name, value in learned(fresh)["state"].items():  # apart by float16 alone
-        assert_close(learned(fixed)["state"][name], value, atol=2e-3, rtol=2e-2)
-    assert np.array_equal(np.load(two / "views.npy")["features"], features[: 2 * 24])
-    assert not same(learned(two)["state"], learned(fixed)["state"])
+    function = getattr(script, name)
+    setattr(script, name, counted)
+    with open("output.txt", "a") as sys.stdout, open("errors.txt", "a") as sys.stderr:
+        run(script.main, *words[1:])
 
 
-def test_epochs_after_the_last_view_begin_again():
-    records = np.zeros(2 * 4, [("features", np.float16, (1, 1, 1))])
-    records["features"] = np.arange(2 * 4).reshape(8, 1, 1, 1)
-    views = FixedViews(records, 4)
-    for epoch in range(5):
-        batch = views.__getitems__([(epoch, 3), (epoch, 1)])
-        assert batch["index"].tolist() == [3, 1]
-        assert batch["features"].flatten().tolist() == [epoch % 2 * 4 + 3, epoch % 2 * 4 + 1]
+def process(*arguments):
+    """The exit code of `live`, forked from a process that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "evaluate"])
+    child = context.Process(target=live, args=arguments)
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, "it hangs"
+    return child.exitcode
 
 
-def test_views_are_computed_once_and_shared(demo, encoded, tmp_path, capsys):
-    demo("--cache", tmp_path / "cache", out="one")
-    once = encoded.images
-    assert once >= 48 and "0.00 GB" in capsys.readouterr().out
-    whole = demo("--cache", tmp_path / "cache", "--add", out="two")
-    assert "views:" not in capsys.readouterr().out
-    assert encoded.images - once == 12  # the evaluation
-    assert not (whole / "views.npy").exists() and (whole / "reclip.pt").exists()
+@pytest.mark.parametrize("command, name, calls, numbers, kept", [
+    (TRAIN, "crop_votes", 2, "KILL", None),  # while hypotheses are made
+    (TRAIN, "dense_features", 2, "KILL", None),  # while views are encoded
+    (TRAIN, "rectification_loss", 4, "KILL", 3),
+    (TRAIN, "rectification_loss", 4, "INT", 4),
+    (TRAIN, "rectification_loss", 4, "TERM TERM", 4),  # the second does not end it either
+    (TEACH, "teach", 2, "KILL", None),
+    (TEACH, "distillation_losses", 3, "KILL", 2),
+    (TEACH, "distillation_losses", 3, "INT", 3),
+    (TEACH, "distillation_losses", 3, "TERM TERM", 3),
+])
+def test_interrupted_and_repeated_is_undisturbed(demo_copy, trained_demo, monkeypatch, command,
+                                                 name, calls, numbers, kept):
+    file = f"{command[0].__module__}.pt"
+    for path in demo_copy.glob("*" if command is TRAIN else "*distill*"):
+        path.unlink()
+    numbers = [getattr(signal, f"SIG{number}") for number in numbers.split()]
+    words = [command[0].__module__, *command[1:]]
+    code = process(words, name, calls, *numbers)
+    said = Path("errors.txt").read_text()
+    assert code == (130 if signal.SIGKILL not in numbers else -signal.SIGKILL), said
+    assert (demo_copy / file).exists() == (kept is not None)
+    if kept is not None:
+        half = learned(demo_copy, file)
+        assert half["step"] == kept and not half["finished"]
+    if code == 130:
+        assert f"run/{file}" in said and said.strip().count("\n") <= 1
+    assert process(words, name, -1) == 0, Path("errors.txt").read_text()
+    assert same(learned(demo_copy, file), learned(trained_demo, file))
+    log = "log.jsonl" if command is TRAIN else "log-distill.jsonl"
+    steps = [row["step"] for row in json_lines(demo_copy / log)]
+    assert steps == sorted(set(steps)) and steps[-1] == learned(demo_copy, file)["step"]
+    assert not list(demo_copy.glob("*tmp*"))
 
 
-def test_an_interrupted_cache_goes_on(demo, encoded, tmp_path):
-    whole = demo(out="whole")
-    total, encoded.images, encoded.limit = encoded.images, 0, 16
-    with pytest.raises(SystemExit, match="130"):
-        demo(out="parts")
-    assert (np.load(tmp_path / "parts" / "views.npy")["checksum"] != 0).sum() == 16
-    encoded.images, encoded.limit = 0, 10**6
-    parts = demo(out="parts")
-    assert encoded.images == total - 16
-    assert np.array_equal(np.load(parts / "views.npy"), np.load(whole / "views.npy"))
-    assert sorted(p.name for p in parts.iterdir()) == sorted(p.name for p in whole.iterdir())
-    assert same(learned(parts), learned(whole))
+@contextlib.contextmanager
+def largest_file(size):
+    """As if the disk were full: no file may grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_small_disk_is_noticed_before_any_view(tmp_path, small_demo, mistake, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
-    said = mistake(*demo_command(reclip, tmp_path / "run"))
-    assert "0.00 GB, and 0.00 GB are free" in said and "--views 0" in said
-    assert not list((tmp_path / "run").glob("views.npy*"))
+def half_trained(path):
+    """Make a finished checkpoint an unfinished one, of step 2."""
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | dict(step=2, finished=False), path)
 
 
-def test_a_learned_query_moves_and_is_what_is_evaluated(demo, tiny_clip):
-    checkpoint = load_checkpoint(demo("--learn-query") / "reclip.pt")
-    classes, Wq = checkpoint["classes"], checkpoint["state"]["Wq"]
-    start = reclip.Reference(tiny_clip, classes, "a photo of a")
-    unit = lambda: torch.nn.functional.normalize(start.encode(tiny_clip), dim=1)
-    with torch.no_grad():
-        # at first it is the plain prompt "a photo of a NAME"
-        prompts = reclip.query_features(tiny_clip, classes, ["a photo of a {}"])
-        assert_close(unit(), prompts, atol=1e-5, rtol=0)
-        assert (Wq - prompts).abs().max() > 1e-3
-        start.load_state_dict({k.removeprefix("query."): v for k, v in checkpoint["state"].items()
-                               if k.startswith("query.")})
-        assert_close(unit(), Wq, atol=1e-6, rtol=0)
+@pytest.mark.parametrize("gone, size, command", [
+    ("hypotheses* views* reclip.pt", 300, TRAIN),
+    ("views* reclip.pt", 20_000, TRAIN),
+    ("reclip.pt", 20_000, TRAIN),
+    ("", 20_000, TRAIN),  # a checkpoint that is there, of an earlier step
+    ("distill.pt", 20_000, TEACH),
+])
+def test_full_disk(demo_copy, trained_demo, mistake, gone, size, command):
+    if not gone:
+        half_trained(demo_copy / "reclip.pt")
+    for pattern in gone.split():
+        for path in demo_copy.glob(pattern):
+            path.unlink()
+    before = snapshot("run")
+    with largest_file(size):
+        mistake(*command)
+    after = snapshot("run")
+    for path, content in before.items():
+        assert "log" in path or after[path] == content, path
+    assert not [path for path in after if "tmp" in path]
+    if gone:
+        run(*command)  # with room again, it goes on
+        for file in ("reclip.pt", "distill.pt"):
+            assert same(learned(demo_copy, file), learned(trained_demo, file))
 
 
-def test_wr_by_row_or_by_matrix(demo):
-    rows = {norm: learned(demo("--wr-norm", norm, out=norm))["Wr"].norm(dim=1)
-            for norm in ("matrix", "class")}
-    assert rows["matrix"].square().sum().item() == pytest.approx(1)
-    assert rows["class"].tolist() == pytest.approx([1] * 10)
+def test_a_loss_that_is_not_finite_stops(demo_copy, mistake, monkeypatch):
+    (demo_copy / "reclip.pt").unlink()
+    monkeypatch.setattr(reclip, "contrastive_loss", lambda S, *_: S.sum() * torch.inf)
+    assert "finite" in mistake(*TRAIN)
+    assert not (demo_copy / "reclip.pt").exists()
 
 
-def test_cosine_pooling_by_hand():
-    masks = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])  # B×C×h×w = 1×2×1×2
-    Z = torch.tensor([[[[0.6, 0.0]], [[0.8, 1.0]]]])
-    expected = torch.tensor([[[0.6, 0.8], [0.0, 1.0]]])
-    assert_close(reclip.cosine_pooling(masks, Z, torch.eye(2)), expected)
+# ---- Several processes -------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("length, workers", [(9000, 0), (9000, 1), (0, 0)])
-def test_a_broken_image_is_named(photos, tmp_path, mistake, length, workers):
-    path = photos / "2011_000006.jpg"
-    path.write_bytes(path.read_bytes()[:length])
-    said = mistake(reclip.main, "--dataset", "folder", "--data-root", photos, "--classes", "cat",
-                   "--clip", "shapes-tiny", "--out", tmp_path / "run", "--workers", workers)
-    assert f"cannot read image {path}" in said
-
-
-@pytest.mark.parametrize("main", [reclip.main, evaluate.main, data.main, pretrain.main],
-                         ids=lambda main: main.__module__)
-def test_help_works_offline(main, capsys, monkeypatch):
-    monkeypatch.setattr(socket, "socket", raising(AssertionError("opened a connection")))
-    with pytest.raises(SystemExit) as end:
-        main(["--help"])
-    said = capsys.readouterr()
-    assert end.value.code == 0 and said.out.startswith("usage: ") and not said.err
-    assert main is pretrain.main or "--dataset" in said.out
-
-
-def without_traces(home, *arguments):
-    """Python's exit code and output; it leaves nothing in the empty folder that is its home."""
-    done = python(*arguments, cwd=home, HOME=str(home), TORCH_HOME=str(home),
-                  PYTHONDONTWRITEBYTECODE="1")
-    assert not list(home.iterdir())
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_imports_have_no_side_effects(tmp_path):
-    names = sorted(path.stem for path in REPOSITORY.glob("*.py"))
-    assert {"data", "evaluate", "reclip"} <= set(names)
-    program = f"""
-import random, socket, sys
-import torch, torchvision  # may do what they like
-def refuse(*args): raise AssertionError("opened a connection")
-socket.socket.connect = refuse
-state, threads, default = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
-import clip, clip.pretrain, {", ".join(names)}
-assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
-assert torch.is_grad_enabled() == default and torch.get_default_dtype() == torch.float32
-assert clip.clip.default_tokenizer.cache_info().currsize == 0, "the vocabulary was read"
-assert not torch.cuda.is_initialized()
+PROGRAM = f"""
+import os, sys
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]
+import conftest, data, evaluate, reclip
+data.Shapes, loss = conftest.SmallShapes, reclip.rectification_loss
+def failing(*args, **kwargs):
+    open(f"pid-{{os.getpid()}}", "w").close()
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("as if a GPU had failed")
+    return loss(*args, **kwargs)
+if sys.argv[1] == "fails":
+    reclip.rectification_loss = failing
+(evaluate if sys.argv[1] == "evaluate" else reclip).main([*sys.argv[2:], "--device", "cpu"])
+reclip.leave_processes()
 """
-    assert without_traces(tmp_path, "-c", program) == (0, "", "")
 
 
-def test_a_script_ends_with_one_line_and_code_2(tmp_path):
-    code, out, err = without_traces(tmp_path, REPOSITORY / "evaluate.py")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: no checkpoint under runs/")
+def launch(processes, folder, *words):
+    """What comes of a command on the small demo in so many processes of torchrun, or one."""
+    (folder / "program.py").write_text(PROGRAM)
+    torchrun = () if processes == 1 else (
+        "-m", "torch.distributed.run", "--nproc_per_node", processes, "--rdzv_backend", "c10d",
+        "--rdzv_endpoint", "localhost:0")
+    return python(*torchrun, folder / "program.py", *words, cwd=folder, OMP_NUM_THREADS="1")
+
+
+def test_two_processes_are_one(tmp_path):
+    """Of ReCLIP, whose BatchNorm sees the positions alone, which are the same in each of them.
+
+    Halves of a batch add up in another order: 1e-7, until it tips a choice, which a few steps at a
+    tenth of the demo's rate do not.
+    """
+    for n in (1, 2):
+        done = launch(n, tmp_path, "reclip", "--method", "reclip", "--out", f"run{n}", "--batch", 8,
+                      "--epochs", 2, "--lr", 0.003)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\nmIoU") == 1  # one process speaks
+    one, two = learned(tmp_path / "run1"), learned(tmp_path / "run2")
+    assert one["step"] == two["step"] == 6
+    for name, value in one["state"].items():
+        torch.testing.assert_close(two["state"][name], value, atol=1e-5, rtol=1e-5)
+    moved = [part["momentum_buffer"].abs().max() for part in one["optimizer"]["state"].values()]
+    assert 0.003 * max(moved) > 1e-4  # wrong gradients would show
+    files = [sorted(path.name for path in (tmp_path / f"run{n}").iterdir()) for n in (1, 2)]
+    assert files[0] == files[1]
+    done = launch(2, tmp_path, "evaluate", "--checkpoint", "run1", "--out", "again")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "again") == results(tmp_path / "run1")
+
+
+def test_none_is_left_when_one_fails(tmp_path):
+    done = launch(3, tmp_path, "fails", "--out", "run", "--batch", 12, "--epochs", 1)
+    assert done.returncode != 0 and "as if a GPU had failed" in done.stderr
+    pids = [int(path.name[4:]) for path in tmp_path.glob("pid-*")]
+    assert len(pids) == 3
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+# ---- Mistakes: one line on stderr, exit code 2, nothing changed on disk -------------------------
+
+
+@pytest.fixture(scope="session")
+def sound(trained_demo, tmp_path_factory):
+    """A folder with sound things, photographs, VOC's tree, a CLIP, a run, and with damaged ones."""
+    root = tmp_path_factory.mktemp("sound")
+    shutil.copytree(REAL, root / "voc")
+    shutil.copytree(REAL / "VOCdevkit/VOC2012/JPEGImages", root / "good")
+    shutil.copytree(trained_demo, root / "run")
+    save_clip(random_clip().half(), root / "clip.pt")
+    resnet = random_clip(vision_layers=[1, 1, 1, 1], vision_width=8, vision_patch_size=None,
+                         image_resolution=32, vocab_size=9).state_dict()
+    short = torch.load(root / "run/reclip.pt", weights_only=True)
+    half_trained(shutil.copy(root / "run/reclip.pt", root / "half.pt"))
+    short["state"].pop("position.weight")
+    for name, value in dict(bomb=Bomb(), nested={"a": {"b": 1}}, short=short, resnet=resnet).items():
+        torch.save(value, root / f"{name}.pt")
+    for name, content in {"words.pt": b"weights", "zero.pt": b"", "file": b"no folder",
+                          "none.txt": b"# none\n", "twice.txt": b"cat\ndog\nCat\n",
+                          "many.txt": "\n".join(f"thing {n}" for n in range(256)).encode(),
+                          "latin.txt": "Löwe\n".encode("latin-1"),
+                          "cut.pt.gz": TINY_PATH.read_bytes()[:100_000]}.items():
+        (root / name).write_bytes(content)
+    for name in ("cut", "other", "wrong"):
+        picture(root / name / "a.png")
+    (root / "cut/a.png").write_bytes((root / "cut/a.png").read_bytes()[:400])
+    save(root / "wrong/labels/a.png", torch.full((40, 60), 77))
+    save(root / "other/labels/a.png", torch.zeros(40, 50))
+    (root / "empty").mkdir()
+    return root
+
+
+FOLDER = "--dataset folder --classes 'cat, dog' --clip clip.pt --data-root"
+SHORT = "reclip --epochs 3 --out run"  # the command that made the run
+CHECKPOINT = "evaluate --checkpoint run/reclip.pt"
+MISTAKES = f"""
+reclip --dataset voc --data-root nowhere                  | nowhere
+reclip --dataset voc --data-root empty                    | empty VOCdevkit
+reclip --dataset ade --data-root voc                      | voc ADEChallengeData2016
+reclip --dataset coco --data-root voc                     | coco voc
+reclip --dataset voc --data-root voc --classes cat        | --classes
+reclip {FOLDER} empty                                     | empty
+reclip {FOLDER} cut                                       | cut/a.png
+reclip --dataset folder --data-root good                  | --classes
+reclip --dataset folder --data-root good --classes 'a, a' | a repeated
+reclip --dataset folder --data-root good --classes gone.txt | gone.txt
+reclip --dataset folder --data-root good --classes none.txt | none.txt
+reclip --dataset folder --data-root good --classes twice.txt | Cat
+reclip --dataset folder --data-root good --classes many.txt | 256
+reclip --dataset folder --data-root good --classes latin.txt | latin.txt
+reclip {FOLDER} good --labels empty                       | empty 2011_00
+data --dataset folder --classes 'cat, dog' --data-root wrong --labels wrong/labels | a.png 77
+data --dataset folder --classes 'cat, dog' --data-root other --labels other/labels | a.png 50
+reclip --seed {1 << 70}                                   | --seed
+reclip --lr nan                                           | --lr nan
+reclip --batch 0                                          | --batch 0
+reclip --epochs 2 --schedule 1                            | --schedule 1
+reclip --crop 8                                           | --crop 8
+reclip --crop-ratio 1.5                                   | --crop-ratio 1.5
+reclip --unknown 3                                        | --unknown
+reclip --method maskclip --decoder                        | maskclip
+reclip --tune-encoder --views 2                           | --tune-encoder --views
+reclip --device nonsense                                  | nonsense
+reclip --out file/run                                     | file/run
+reclip --download                                         | --download
+reclip --clip ViT-B/17                                    | ViT-B/17 RN50
+reclip --clip empty                                       | empty
+reclip --clip resnet.pt                                   | resnet.pt ResNet
+reclip --clip bomb.pt                                     | bomb.pt
+reclip --clip zero.pt                                     | zero.pt
+reclip --clip cut.pt.gz                                   | cut.pt.gz
+reclip --clip run/reclip.pt                               | run/reclip.pt
+{SHORT} --lr 0.02                                         | run/reclip.pt lr 0.03 → 0.02
+{SHORT} --seed 1                                          | run/reclip.pt seed 0 → 1
+{SHORT} --clip clip.pt                                    | run/reclip.pt CLIP
+{SHORT} {FOLDER} good                                     | run/reclip.pt
+evaluate                                                  | reclip.py
+{CHECKPOINT} --clip clip.pt                               | clip.pt
+{CHECKPOINT} --dataset voc                                | voc --data-root
+{CHECKPOINT} --slide 10 20                                | --slide
+{CHECKPOINT} --images empty                               | empty
+{CHECKPOINT} --images good --bias                         | --bias
+{CHECKPOINT} --out file                                   | file
+evaluate --checkpoint empty                               | empty
+evaluate --checkpoint clip.pt                             | clip.pt
+evaluate --checkpoint short.pt                            | short.pt position.weight
+evaluate --checkpoint run/results.json                    | results.json
+distill --teacher half.pt                                 | half.pt finished
+distill --teacher run/distill.pt                          | run/distill.pt
+distill --teacher run --epochs 2 --lr 0.001               | run/distill.pt lr 0.003 → 0.001
+distill --teacher run --losses depth                      | --losses depth
+distill --teacher run --head learned --losses text        | mask
+distill --teacher run --student small --backbone imagenet | small
+distill --teacher run --student resnet50 --backbone clip.pt | clip.pt
+data --dataset stuff --download                           | stuff
+data {FOLDER.replace("--clip clip.pt ", "")} good --out file/sheet.png | file/sheet.png
+"""
+
+
+@pytest.mark.parametrize("line", MISTAKES.strip().splitlines(), ids=lambda line: line.split("|")[0])
+def test_one_line_and_nothing_changed(sound, tmp_path, monkeypatch, small_demo, mistake, line):
+    shutil.copytree(sound, tmp_path / "place", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "place")
+    command, named = line.split(" | ")
+    script, *words = shlex.split(command)
+    before = snapshot(".")
+    said = mistake(sys.modules[script].main, *words)
+    assert snapshot(".") == before
+    for name in named.split():
+        assert name in said, said
+
+
+# ---- Files: what importing them does, and whom they import --------------------------------------
+
+LEVELS = ["clip", "data", "reclip", "distill", "evaluate"]
+PACKAGES = {"torch", "torchvision", "numpy", "PIL", "ftfy", "regex", *sys.stdlib_module_names}
+
+
+def imports(node, place=""):
+    """(place, package) of all imports below a node; place: the outermost function or class."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((place, alias.name.split(".")[0]) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield place, "clip" if child.level else child.module.split(".")[0]
+        yield from imports(child, place or getattr(child, "name", ""))
+
+
+def test_imports_point_downwards():
+    assert sorted(path.stem for path in REPOSITORY.glob("*.py")) == sorted(LEVELS[1:])
+    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("clip/*.py")]:
+        name = "clip" if path.parent.name == "clip" else path.stem
+        below = {"clip", *LEVELS[: LEVELS.index(name)]}
+        for place, other in imports(ast.parse(path.read_text("utf-8"))):
+            last = other == "evaluate" and place == "main"  # two commands end with an evaluation
+            assert other in PACKAGES | below or last, f"{path.name}: {place} imports {other}"
+            assert other != "torchvision" or place, f"{path.name}: torchvision takes seconds"
+
+
+def test_importing_does_nothing(tmp_path):
+    done = python("-c", """
+import random, socket, sys, torch
+socket.socket.connect = None
+state, threads = torch.get_rng_state(), torch.get_num_threads()
+import clip, data, reclip, distill, evaluate
+assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+assert "torchvision" not in sys.modules and not torch.cuda.is_initialized()
+""", cwd=tmp_path, HOME=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- The published settings, in full: not a number changes --------------------------------------
+
+COLUMNS = "scale crop schedule epochs batch lr pd"
+RECIPES = {  # longest and shortest side, crop, schedule, stopped after, batch, rate, PD of ReCLIP++
+    ("voc", "release"): ((2048, 336), 336, 200, 50, 1, 0.01, 1.0),
+    ("context", "release"): ((2048, 448), 480, 400, 50, 1, 0.01, 0.85),
+    ("ade", "release"): ((2048, 512), 512, 600, 100, 1, 0.01, 0.5),
+    ("cityscapes", "release"): ((2048, 448), 512, 300, 50, 16, 0.16, 0.5),
+    ("stuff", "release"): ((2048, 512), 512, 800, 100, 1, 0.01, 0.95),
+    ("voc", "paper"): ((2048, 512), 512, 200, 200, 16, 0.01, 0.99992),
+    ("context", "paper"): ((520, 520), 480, 150, 150, 16, 0.01, 0.75),
+    ("ade", "paper"): ((2048, 512), 512, 150, 150, 16, 0.01, None),
+    ("cityscapes", "paper"): ((1024, 512), 512, 150, 150, 16, 0.01, 0.74),
+    ("stuff", "paper"): ((2048, 512), 512, 30, 30, 16, 0.01, 0.9),
+}
+# t of crops; for ReCLIP 100·cosine, classes at least, PD; epochs of distillation, PD of its teacher
+OTHERS = {"voc": (0.07, 23, 2, 0.5, 100, 0.95), "context": (0.0, 20, 6, 0.6, 150, None),
+          "ade": (0.0, 21, 5, 0.5, 150, None), "cityscapes": (0.07, 21.5, 2, 0.5, 100, None),
+          "stuff": (0.0, 20, 8, 0.5, 50, 0.95)}
+ALWAYS = dict(clip="ViT-B/16", surgery="program", sigma=5.0, ratio=(0.5, 2.0), distort=True,
+              tau=0.01, momentum=0.9, weight_decay=5e-4, power=0.9, crop_ratio=1 / 6, views=0,
+              sign=-1, learn_query=False, tune_encoder=False)
+
+
+@pytest.mark.parametrize("name, preset", RECIPES)
+def test_recipes_of_benchmarks(name, preset):
+    t, threshold, top, pd, epochs, student_pd = OTHERS[name]
+    row = dict(zip(COLUMNS.split(), RECIPES[name, preset])) | ALWAYS
+    ours = reclip.recipe(name, preset)
+    assert ours == row | dict(bias="independent", decoder=True, hypothesis="crops", threshold=t,
+                              top=0, mask_temperature=0.01, pd_temperature=0.1)
+    theirs = reclip.recipe(name, preset, "reclip")
+    assert theirs == row | dict(bias="joint", decoder=False, hypothesis="global", top=top,
+                                threshold=threshold, mask_temperature=0.001, pd=pd,
+                                pd_temperature=0.01)
+    scale, crop = RECIPES[name, "paper"][:2]
+    student = distill.recipe(name)
+    expected = dict(student="resnet50", backbone="imagenet", ratio=(0.5, 2.0), distort=True,
+                    batch=16, optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, power=0.9,
+                    floor=1e-4, weights=dict(mask=1.0, feature=0.5, text=0.5), tau=0.01, views=0,
+                    scale=scale, crop=crop, epochs=epochs, pd=student_pd, pd_temperature=0.1,
+                    losses=("mask", "feature", "text"))
+    assert {**student, "losses": tuple(student["losses"])} == expected
+    if name in ("voc", "stuff"):  # what goes by their rows
+        other = {"voc": "folder", "stuff": "stuff171"}[name]
+        assert reclip.recipe(other, preset) == ours and distill.recipe(other) == student
+
+
+def test_the_demos_recipe():
+    ours, first = reclip.recipe("shapes"), reclip.recipe("shapes", method="reclip")
+    columns = [ours[key] for key in COLUMNS.split()]
+    assert columns == [(96, 96), 96, 10, 10, 16, 0.03, None]
+    assert ours["mask_temperature"] == 1.0 and ours["views"] == 2 and ours["surgery"] == "value"
+    assert (first["lr"], first["epochs"], first["mask_temperature"]) == (0.3, 20, 0.01)
+    bare = reclip.recipe("shapes", decoder=False)
+    assert (bare["mask_temperature"], bare["lr"], bare["epochs"]) == (0.01, 0.03, 10)

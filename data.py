@@ -2,40 +2,264 @@
 
     python data.py --dataset voc --data-root ~/data             # what is there; a contact sheet
     python data.py --dataset voc --data-root ~/data --download  # fetch it first (voc and ade)
-    python data.py --dataset context --data-root ~/data --convert ~/data/trainval    # .mat to PNG
 
-The file goes from names to pixels: 1 class names, 2 colours, 3 the data sets, 4 views, 5 getting
-the data, 6 the command above. How one file is read is files.py's.
+The file goes from words to pixels: 1 mistakes, progress, processes, 2 class names and colours,
+3 one file, 4 the data sets, 5 views, 6 answers kept on disk and reading ahead, 7 drawing, 8 the
+command above.
 
 Images are uint8 tensors 3×H×W (RGB). Labels are int64 tensors H×W holding class indices 0…C-1, and
 VOID where a pixel has no class or counts for nothing. Only `SegmentationData.label` and `.objects`
 open ground truth; training never calls them, unless asked for (--use-ground-truth-void).
 """
 
+import argparse
 import collections
+import concurrent.futures
+import contextlib
+import errno
 import functools
-import http.client
+import hashlib
+import itertools
+import json
 import os
 import re
-import tarfile
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import unicodedata
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from clip.clip import CLIP_MEAN, CLIP_STD, TEMPLATES, download as fetch  # noqa: F401
+from clip.clip import CLIP_MEAN, CLIP_STD, TEMPLATES  # noqa: F401
 from clip.shapes import SHAPES, TARGET, draw_seed, draw_shapes
-from files import (PHOTOS, VOID, Parser, UserError, clean_exit, count, explain,  # noqa: F401
-                   fingerprint, image_header, image_size, legend, list_folder, natural, overlay,
-                   path, picture_sheet, positive, printable, read_ahead, read_image, read_label,
-                   read_mat_v5, save_picture, say_once, seed, share, to_grey, turn, unpack,
-                   visible, write_text)
 
 # ------------------------------------------------------------------------------------------------
-# 1. Class names
+# 1. Mistakes, progress, processes
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message says what is wrong, where, and what to do instead.
+
+    `clean_exit` turns it into one line on stderr and exit code 2.
+    """
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose every complaint is a UserError, one line."""
+
+    def error(self, message):
+        # "argument --epochs: is 0; …", from the types below, reads "--epochs is 0; …"
+        raise UserError(re.sub(r"^argument (\S+): is ", r"\1 is ", message))
+
+
+def _number(kind, fits, expected):
+    """An argparse type: kind(text), where it fits; otherwise the message says what is expected."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            text = kind(text)
+            if fits(text):
+                return text
+        raise argparse.ArgumentTypeError(f"is {text}; expected {expected}")
+
+    return parse
+
+
+count = _number(int, lambda value: value >= 1, "1 or more")
+natural = _number(int, lambda value: value >= 0, "0 or more")
+share = _number(float, lambda value: 0 <= value <= 1, "0 to 1")
+positive = _number(float, lambda value: 0 < value < float("inf"), "more than 0")
+seed_number = _number(int, lambda value: -1 << 63 <= value < 1 << 63, "an integer of 64 bits")
+
+
+def user_path(text):
+    """An argparse type: a Path, with ~ for the home directory."""
+    return Path(os.path.expanduser(text))
+
+
+def printable(text):
+    """str(text) with all that could move a cursor, end a line or forge one written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+                   for c in str(text))
+
+
+class Progress:
+    """One line that tells how far something is and how long it will take.
+
+    Rewritten in place on a terminal, every few seconds a new line elsewhere.
+    """
+
+    def __init__(self, title, total, done=0):
+        self.title, self.total, self.done, self.first = title, total, done, done
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stdout.isatty()
+
+    def advance(self, n=1, text=None):
+        """n more are done; text(): what else to show, asked for only when the line is shown."""
+        self.done = min(self.total, self.done + n)  # n is a guess with several processes
+        now = time.monotonic()
+        if now - self.shown > (0.3 if self.live else 5):
+            self.shown = now
+            left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
+            said = text() if text else ""
+            print(f"{self.title} {self.done}/{self.total}{said}  {clock(left)} left",
+                  end="\x1b[K\r" if self.live else "\n", flush=True)
+
+    def close(self):
+        """Say how long it took, if there was anything to do."""
+        if self.done > self.first:
+            print(f"{self.title} {self.done}/{self.total}  {clock(time.monotonic() - self.start)}",
+                  end="\x1b[K\n" if self.live else "\n", flush=True)
+
+
+def clock(seconds):
+    """Seconds as 4 s, 1:05 or 2:03:04."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}" if minutes else f"{seconds} s"
+
+
+@functools.cache
+def say_once(line):
+    """Print a line, of several processes only by the first, and not again in the same command."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def clean_exit(main):
+    """Decorator for every script's main(): what a user can mend is one line on stderr, exit code 2.
+
+    That is a UserError, what the system refuses, and too little memory. Anything else is a mistake
+    of ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        if hasattr(sys.stdout, "reconfigure"):  # "→" where the terminal's encoding has none
+            sys.stdout.reconfigure(errors="backslashreplace")
+        say_once.cache_clear()
+        try:
+            result = main(*args, **kwargs)
+            print(end="", flush=True)  # here a reader that has left is noticed
+            return result
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print("error: stopped, since nobody reads the output any more", file=sys.stderr)
+            raise SystemExit(2) from None
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            line = explain(error)
+            if line is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("\nstopped; repeat the command, and whatever it had saved is used",
+                  file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return wrapper
+
+
+def explain(error):
+    """What an exception tells the user, in one line; None where there is nothing for them to do."""
+    text = printable(" ".join(str(error).split()))
+    if isinstance(error, UserError):
+        return printable(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {printable(error.filename)}" if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return (f"cannot write{where}: {error.strerror}; make room and repeat the command" if full
+                else f"cannot use{where}: {error.strerror}")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        return (f"out of memory ({text[:80]}…); repeat the command with a smaller --batch, or, in "
+                "reclip.py, a smaller --crop and --scale")
+    return None
+
+
+def rank():
+    """This process's number, 0 for the one that writes and for a single one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value):
+    """What each process has, as a list, in each of them; plain values and CPU tensors."""
+    everyone = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def barrier():
+    """Wait until all processes are here."""
+    gather(None)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path, which takes the place of `path` when all is written; on failure, nothing.
+
+    It holds the process's number, so two processes cannot mix what they write.
+    """
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a whole file under a temporary name, then rename it."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def make_folder(path):
+    """Make a run's folder. Raises UserError where it cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from None
+
+
+def fingerprint(*parts):
+    """A short name for strings, bytes and tensors, one after the other: others, another name.
+
+    The first 16 hex digits of their SHA-256; of tensors the bytes count, as they are.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if torch.is_tensor(part):
+            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(part.encode(errors="surrogateescape") if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
+
+
+def evenly(count, limit):
+    """At most `limit` of the indices 0…count-1, evenly spaced."""
+    return [i * count // min(count, limit) for i in range(min(count, limit))]
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Class names and colours
 #
 # In the order of the labels and in the wording of the authors of ReCLIP: CLIP sees these words, so
 # they are part of the method.
@@ -112,40 +336,73 @@ DATASETS = ("shapes", *CLASSES, "folder")
 def parse_classes(text):
     """The classes of a data set of one's own, each a string: one name, or several, see `names_of`.
 
-    text: "cat, dog, sofa", or the path of a text file with a class a line ('#' starts a comment),
-    in which what follows a comma are further names of the same class; a file of a single line is
-    a list like the first. Inner runs of blanks become one. Raises UserError for a file that cannot
-    be read, an empty list, an empty, repeated or unprintable name, or more classes than labels can
-    hold.
+    text: "cat, dog, sofa", or the path of a file with a class a line ('#' starts a comment), in
+    which what follows a comma are further names of the same class; a file of a single line is a
+    list like the first. Of other files, see `_class_lines`. ';' counts as a comma, and inner runs
+    of blanks as one. Raises UserError for a file that cannot be read, an empty list, what is no
+    name, an empty or repeated one, or more classes than labels can hold.
     """
-    file = os.path.expanduser(text)
+    file = user_path(text)
     where, lines = f"--classes \"{text}\"", [text]
     if os.path.isfile(file):
         where = f"the file {text}"
         try:
-            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+            lines = _class_lines(file.read_text(encoding="utf-8-sig"), where)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read class names from {text}: {error}") from None
-        lines = [line.split("#")[0] for line in lines]
-    elif re.search(r"\.(txt|csv|tsv|json)$|^[^,]*([/\\][^,]*|\.\w{1,5})$", text.lower()):
+    elif re.search(r"\.(txt|csv|tsv|json|ya?ml)$|^[^,;]*([/\\][^,;]*|\.\w{1,5})$", text.lower()):
         raise UserError(f"no file {text}; --classes takes names (\"cat, dog\") or a text file")
-    lines = [line for line in lines if line.strip()]
+    lines = [line.replace(";", ",") for line in lines if line.strip()]
     lines = lines[0].split(",") if len(lines) == 1 else lines
     classes, seen = [[" ".join(name.split()) for name in line.split(",")] for line in lines], set()
     if not classes:
         raise UserError(f"no class names in {where}; expected for example \"cat, dog, sofa\"")
     for k, name in ((k, name) for k, names in enumerate(classes, 1) for name in names):
         if not name:
-            which = "class name" if len(classes[k - 1]) == 1 else "a name of class"
-            raise UserError(f"{which} {k} is empty in {where}")
+            raise UserError(f"a name of class {k} is empty in {where}")
         if name.lower() in seen:
             raise UserError(f"class name \"{name}\" is repeated in {where}")
-        if not name.isprintable():
-            raise UserError(f"class name {name} in {where} is no printable text")
+        if not name.isprintable() or re.search(r"[][{}<>:=\"]|^_|^[\d.]+ [\d.]+", name):
+            raise UserError(f"\"{name}\" in {where} is no class name; expected a class a line, or "
+                            "names between commas")
         seen.add(name.lower())
     if len(classes) > VOID:
         raise UserError(f"{len(classes)} classes in {where}; at most {VOID} fit in 8-bit labels")
     return [", ".join(names) for names in classes]
+
+
+def _class_lines(text, where):
+    """The lines of a class file, one a class; of files that tools have written what is meant.
+
+    These are a JSON list; YOLO's data.yaml; tables with a column Name or Class, as ADE20K's and
+    Roboflow's; numbered lines; CamVid's colours; labelme's list, without what it ignores.
+    """
+    listed = re.search(r'(?:\A|^\s*"?names"?\s*:)\s*\[(.*?)\]', text, re.S | re.M)
+    if listed:
+        names = re.findall(r'"([^"]*)"|\'([^\']*)\'|([^,\s][^,\n]*)', listed[1])
+        return ["".join(name) for name in names]
+    lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    for k, line in enumerate(lines):
+        if re.match(r"names\s*:$", line):
+            below = itertools.takewhile(lambda line: line[0] in " \t-", lines[k + 1:])
+            lines = [re.sub(r"^\s*(-\s+)?(['\"]?)(.*)\2$", r"\3", line) for line in below]
+            break
+    cut = "\t" if "\t" in lines[0] else ","
+    column = [cell.strip().lower() in ("name", "class") for cell in lines[0].split(cut)]
+    if len(column) > 1 and any(column):
+        lines = [line.split(cut)[column.index(True)] for line in lines[1:]]
+    numbers = [re.match(r"\s*(\d+)\s*[:,.)\s]\s*(?=\D)", line) for line in lines]
+    if all(numbers) and [int(m[1]) - int(numbers[0][1]) for m in numbers] == [*range(len(lines))]:
+        lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", m.string[m.end():]) for m in numbers]
+    colours = re.compile(r"\s*\d+[\s,]+\d+[\s,]+\d+[\s,]+(?=\D)")
+    if all(map(colours.match, lines)):
+        lines = [colours.sub("", line) for line in lines]
+    out = [line.strip() for line in lines if re.fullmatch(r"\s*_+(ignore|background)_+\s*", line)]
+    if out:
+        say_once(f"no classes in {where}: {', '.join(out)}; where labels number them, see "
+                 "--labels-offset")
+    return [line for line in lines if line.strip() not in out]
 
 
 def names_of(cls):
@@ -163,8 +420,14 @@ def called(cls):
     return names_of(cls)[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Colours
+CITYSCAPES_PALETTE = torch.tensor([  # the official colours, in the order of the train ids
+    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+    (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
+    (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+    (0, 80, 100), (0, 0, 230), (119, 11, 32)], dtype=torch.uint8)
+SHAPES_PALETTE = torch.tensor([
+    (214, 39, 40), (31, 119, 180), (60, 60, 60), (44, 160, 44), (255, 221, 60), (255, 127, 14),
+    (240, 110, 200), (140, 86, 75), (148, 103, 189), (23, 190, 207)], dtype=torch.uint8)
 
 
 def palette(num_classes):
@@ -177,22 +440,149 @@ def palette(num_classes):
                         for channel in range(3)], 1).to(torch.uint8)
 
 
-CITYSCAPES_PALETTE = torch.tensor([  # the official colours, in the order of the train ids
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
-    (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
-    (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
-    (0, 80, 100), (0, 0, 230), (119, 11, 32)], dtype=torch.uint8)
-SHAPES_PALETTE = torch.tensor([
-    (214, 39, 40), (31, 119, 180), (60, 60, 60), (44, 160, 44), (255, 221, 60), (255, 127, 14),
-    (240, 110, 200), (140, 86, 75), (148, 103, 189), (23, 190, 207)], dtype=torch.uint8)
-
-
 def dataset_palette(name, num_classes):
     """The colours of a data set's classes, uint8 C×3: its own where it has some, else VOC's."""
     own = {"cityscapes": CITYSCAPES_PALETTE, "shapes": SHAPES_PALETTE}.get(name, ())
     return own if len(own) == num_classes else palette(num_classes)
+
+
 # ------------------------------------------------------------------------------------------------
-# 3. The data sets
+# 3. One file
+
+VOID = 255  # in every label map: no class here; never counted
+PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
+NO_PICTURES = (".txt", ".json", ".jsonl", ".csv", ".xml", ".md", ".html", ".ini", ".db", ".pt",
+               ".npy", ".tmp")
+BINS = ("@eadir", "#recycle", "$recycle.bin", "system volume information", "__macosx", "thumbs")
+MARK = "Software", "ReCLIP"  # a text in every PNG that `save_picture` writes
+
+
+@contextlib.contextmanager
+def _opened(path, what="image"):
+    """An opened PIL image; every way in which it can be broken is a UserError."""
+    PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # room for long descriptions and colour profiles, none
+    PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28  # for what inflates without end
+    warnings.filterwarnings("ignore", module="PIL")  # about what is odd in a file, but legible
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"cannot read {what} {path}: it is no file")  # a pipe may never end
+        with Image.open(path) as image:
+            yield image
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
+        reason = getattr(error, "strerror", None) or f"{error}; is it damaged?"
+        raise UserError(f"cannot read {what} {path}: {reason}") from None
+
+
+def read_image(path, turn=True):
+    """Read any photograph as uint8 3×H×W, RGB.
+
+    turn: as its EXIF orientation says; else it comes as it is stored. Grey, palette and CMYK images
+    become RGB; transparent ones are laid on white; of 16-bit values the high byte is kept. Raises
+    UserError, naming the file, if it is missing, truncated, empty or no image.
+    """
+    with _opened(path) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image) if turn else image
+        if image.mode == "F" or image.mode.startswith("I"):
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise UserError(f"cannot read image {path}: it does not hold whole numbers of 8 or "
+                                "16 bits; convert it")
+            image = Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()  # faster than by torch
+    return torch.from_numpy(pixels)
+
+
+def image_header(path):
+    """(H, W) of an image as it is stored, and its EXIF orientation, 1 to 8. Raises UserError."""
+    with _opened(path) as image:
+        # a TIFF is turned by Pillow itself
+        value = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation)
+        return image.size[::-1], value if value in range(1, 9) else 1
+
+
+def image_size(path, turn=True):
+    """(H, W) as `read_image` will return it. Raises UserError."""
+    size, orientation = image_header(path)
+    return size[::-1] if turn and orientation > 4 else size
+
+
+def read_label(path, orientation=1):
+    """Read a label map as int64 H×W of the values stored in it, palette indices staying indices.
+
+    orientation: turn it as this EXIF orientation says. Raises UserError, naming the file, for an
+    unreadable file or one with colours for values.
+    """
+    with _opened(path, "label") as image:
+        if image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
+            raise UserError(f"label {path} is a {image.mode} picture; expected one channel of "
+                            "class ids (a grey or palette PNG)")
+        image.load()
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        return torch.from_numpy(np.array(ImageOps.exif_transpose(image)).astype(np.int64))
+
+
+def save_picture(picture, path):
+    """Write a PIL image as PNG under a temporary name, then rename it. MARK says who made it."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(*MARK)
+    with replacing(path) as temporary:
+        # a quarter of the usual level's time, and a quarter more bytes
+        picture.save(temporary, format="PNG", pnginfo=info, compress_level=2)
+
+
+def _made_here(path):
+    """Whether `save_picture` wrote a file."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # reading it will say why
+        return "\0".join(MARK).encode() in file.read(100)
+    return False
+
+
+def list_folder(folder, suffix):
+    """Sorted ids of the files folder/**/ID + suffix; links are followed, hidden files left out.
+
+    suffix: one ending, cut off from the ids, or a tuple of endings in lower case, kept in them, as
+    PHOTOS. One line tells what else is left out: BINS, links to nowhere, folders that cannot be
+    entered, and of photographs other kinds of files and the pictures that these scripts have made.
+    """
+    ids, seen, left, closed = [], set(), collections.Counter(), []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=closed.append):
+        if os.path.realpath(parent) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        left.update(f"folder {name}" for name in folders if name.lower() in BINS)
+        folders[:] = sorted(
+            (name for name in folders if not name.startswith(".") and name.lower() not in BINS),
+            key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        for name in files:
+            kind, file = os.path.splitext(name)[1].lower(), Path(parent, name)
+            single = isinstance(suffix, str)
+            if name.startswith("."):
+                continue
+            if not (name.endswith(suffix) if single else kind in suffix):
+                left[kind or "without an ending"] += not single and kind not in NO_PICTURES
+            elif os.path.islink(file) and not os.path.exists(file):
+                left["link to nowhere"] += 1
+            elif not single and kind == ".png" and _made_here(file):
+                left["made by this program"] += 1
+            else:
+                i = file.relative_to(folder).as_posix()
+                ids.append(i.removesuffix(suffix) if single else i)
+    told = [f"{n} {printable(kind)}" for kind, n in left.items() if n]
+    told += [f"folder {printable(error.filename)} ({error.strerror})" for error in closed]
+    if told:
+        say_once(f"left out: {', '.join(sorted(told))}, in {printable(folder)}")
+    return sorted(ids)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. The data sets
 #
 # How stored label values become class indices: a table of 256 entries, -1 for a value that must not
 # occur.
@@ -226,7 +616,8 @@ CITYSCAPES_IDS = _table({raw: VOID for raw in range(34)} | {raw: k for k, raw in
     [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])})
 
 STUFF_IDS = _table({raw: k for k, ids in enumerate(STUFF.values()) for raw in _expand(ids)})
-STUFF171_IDS = _table({raw: k for k, raw in enumerate(sorted({*range(182)} - STUFF_UNUSED))})
+STUFF171_RAW = sorted({*range(182)} - STUFF_UNUSED)
+STUFF171_IDS = _table({raw: k for k, raw in enumerate(STUFF171_RAW)})
 
 
 class Tree(NamedTuple):
@@ -255,15 +646,25 @@ TREES = {
                 {"train": "training", "val": "validation"}),
     "cityscapes": Tree((".", "cityscapes"), "leftImg8bit/{}", "_leftImg8bit.png",
                        (("gtFine/{}", "_gtFine_labelTrainIds.png", train_ids(19)),
+                        ("gtFine/{}", "_labelTrainIds.png", train_ids(19)),
                         ("gtFine/{}", "_gtFine_labelIds.png", CITYSCAPES_IDS))),
     "stuff": Tree(("images", "."), "{}", ".jpg",
                   (("annotations/{}", "_27labelTrainIds.png", train_ids(27)),
+                   ("annotations/{}", "_labelTrainIds.png",  # mmsegmentation's, of 171 classes
+                    _table({k: int(STUFF_IDS[raw]) for k, raw in enumerate(STUFF171_RAW)})),
                    ("annotations/{}", ".png", STUFF_IDS),
                    ("stuffthingmaps/{}", ".png", STUFF_IDS)),
                   {"train": "train2017", "val": "val2017"}),
 }
 TREES["stuff171"] = TREES["stuff"]._replace(labels=(
+    ("annotations/{}", "_labelTrainIds.png", train_ids(171)),
     ("annotations/{}", ".png", STUFF171_IDS), ("stuffthingmaps/{}", ".png", STUFF171_IDS)))
+
+# What labels of one's own are called beside ID.png: usual tails and endings, in any case.
+LABEL_NAMES = [tail + ending for tail in (
+    "", "_mask", "_masks", "_label", "_labels", "_seg", "_segmentation", "_gt", "_L", "-mask",
+    "_gtFine_labelTrainIds", "_labelTrainIds", "_gtFine_labelIds", "_labelIds")
+    for ending in (".png", ".bmp", ".tif", ".tiff", ".gif")]
 
 
 class SegmentationData:
@@ -281,24 +682,24 @@ class SegmentationData:
         self.name, self.split, self.classes, self.ids = name, split, list(classes), list(ids)
         self.image_file, self.label_files = image_file, list(label_files)
         self.instances, self.palette = instances, dataset_palette(name, len(classes))
+        # Photographs of one's own are turned as EXIF says; the benchmarks' labels fit stored ones.
+        self.turn = name == "folder"
 
     def __len__(self):
         return len(self.ids)
 
     def image_path(self, index):
+        """Where an image lies."""
         folder, suffix = self.image_file
         return os.path.join(folder, self.ids[index] + suffix)
 
     def image(self, index):
         """uint8 3×H×W. Raises UserError for a file that cannot be read."""
-        return read_image(self.image_path(index))
-
-    def __getitem__(self, index):  # a dataset of images, for read_ahead
-        return self.image(index)
+        return read_image(self.image_path(index), self.turn)
 
     def size(self, index):
         """(H, W) of image(index), read from the file's header."""
-        return image_size(self.image_path(index))
+        return image_size(self.image_path(index), self.turn)
 
     @functools.cached_property
     def fingerprint(self):
@@ -313,28 +714,55 @@ class SegmentationData:
         sizes = [os.path.getsize(self.image_path(i)) for i in range(len(self))]
         return fingerprint(ids, repr(sizes))
 
-    def label_paths(self, index):
-        """[(path, table)] of all places where the label may be. Opens nothing."""
-        name = self.ids[index] if self.image_file[1] else os.path.splitext(self.ids[index])[0]
-        return [(os.path.join(folder, name + suffix), table)
-                for folder, suffix, table in self.label_files]
+    @functools.cached_property
+    def _label_index(self):
+        """{folder: {relative path: itself}} of all files in the folders of labels; paths stand in
+        it as they are and, for other spellings, as `folded`. Opens none.
+        """
+        files = {folder: list_folder(folder, "") for folder, _, _ in self.label_files}
+        return {folder: {folded(f): f for f in inside} | {f: f for f in inside}
+                for folder, inside in files.items()}
 
     def label_path(self, index):
         """(path, table) of the label, or None if there is none. Opens nothing."""
-        return next((found for found in self.label_paths(index) if os.path.exists(found[0])), None)
+        names = [self.ids[index]]
+        if not self.image_file[1]:  # ID.jpg.png, ID.png
+            names += [os.path.splitext(names[0])[0]]
+            names += [names[1].removesuffix("_leftImg8bit")]
+        for folder, suffix, table in self.label_files:
+            files = self._label_index[folder]
+            for name in names:
+                file = files.get(name + suffix) or files.get(folded(name + suffix))
+                if file and Path(folder, file) != Path(self.image_path(index)):
+                    return os.path.join(folder, file), table
+        return None
 
     @functools.cached_property
     def has_labels(self):
-        """Whether this split can be evaluated. Looks whether the files exist, opens none.
+        """Whether this split can be evaluated. Looks for the files' names, opens none.
 
-        Raises UserError if some images have labels and others have not.
+        Raises UserError if only some images have labels, or if what lies there fits none.
         """
-        missing = [i for i in range(len(self)) if self.label_path(i) is None]
-        if missing and len(missing) < len(self):
-            raise UserError(f"{len(missing)} of {len(self)} labels of {self.name} {self.split} are "
-                            f"missing, the first {self.label_paths(missing[0])[-1][0]}; "
-                            "see README, Data sets")
-        return not missing
+        labels = [self.label_path(i) for i in range(len(self))]
+        used = {os.path.join(*pair) for pair in ()} | {found[0] for found in labels if found}
+        others = [os.path.join(folder, file) for folder, files in self._label_index.items()
+                  for file in sorted(set(files.values()))
+                  if os.path.join(folder, file) not in used]
+        if None not in labels:
+            return True
+        if not (used or others or self.name == "folder" and self.label_files):
+            return False
+        missing = labels.count(None)
+        raise UserError(f"{missing} of {len(self)} images of {self.name} {self.split} have no "
+                        f"label, the first {self.ids[labels.index(None)]}; expected "
+                        f"{self._expected(labels.index(None))}; of other names there is "
+                        f"{others[0] if others else 'nothing there'}")
+
+    def _expected(self, index):
+        """Where the label of an image may be, in words."""
+        name = os.path.splitext(self.ids[index])[0] if not self.image_file[1] else self.ids[index]
+        paths = [os.path.join(folder, name + suffix) for folder, suffix, _ in self.label_files]
+        return " or ".join(paths[:3]) + " …" * (len(paths) > 3)
 
     def label(self, index):
         """int64 H×W, values 0…C-1 and VOID. Opens the label file.
@@ -344,17 +772,20 @@ class SegmentationData:
         """
         found = self.label_path(index)
         if found is None:
-            expected = " or ".join(path for path, _ in self.label_paths(index))
             raise UserError(f"no label for image {self.ids[index]} of {self.name}; expected "
-                            f"{expected or 'none: this data set has no labels'}; "
+                            f"{self._expected(index) or 'none: it has no labels'}; "
                             "see README, Data sets")
         path, table = found
         raw = self._read_map("label", path, index)
         label = table[raw.clamp(0, 255)]
         wrong = (label < 0) | (raw > 255) | (raw < 0)
         if wrong.any():
-            raise UserError(f"label {path} holds the id {int(raw[wrong][0])}, which {self.name} "
-                            f"({len(self.classes)} classes) does not have; see README, Data sets")
+            C, value = len(self.classes), int(raw[wrong].max())
+            offset = self.name == "folder" and value == C and label.min() >= -1 and table[0] == 0
+            raise UserError(
+                f"label {path} holds the id {value}, and {self.name} has {C} classes"
+                + (f"; if 0 is background there and the classes are 1 to {C}, --labels-offset 1"
+                   if offset else "; see README, Data sets"))
         return label
 
     def objects(self, index):
@@ -370,22 +801,28 @@ class SegmentationData:
         return raw.masked_fill(raw == VOID, 0)
 
     def _read_map(self, what, path, index):
-        """What `read_label` gives, of the size of image(index), and turned as EXIF turns that.
+        """What `read_label` gives, of the size of image(index) and turned as that. UserError.
 
-        A map that fits the picture as it is stored was drawn on that; one's own may have been drawn
-        on the turned one, and where both have the same size nobody can tell. Raises UserError.
+        A map of one's own may have been drawn on the photograph as it is stored or on the turned
+        one, as `evaluate.py --images` does; where both have the same size, nobody can tell.
         """
-        raw, (stored, orientation) = read_label(path), image_header(self.image_path(index))
-        (h, w), (height, width) = raw.shape, stored if orientation < 5 else stored[::-1]
-        if orientation > 1 and (height, width) == stored and self.name == "folder":
-            raise UserError(f"{what} {path}: its image is turned by EXIF (orientation "
-                            f"{orientation}), and it may be drawn on the turned one or not; save "
-                            "the image without EXIF")
-        if (h, w) == stored:
-            return turn(raw, orientation)
-        if (h, w) != (height, width):
-            raise UserError(f"{what} {path} is {w}×{h} pixels, its image {width}×{height}")
+        raw, size = read_label(path), self.size(index)
+        stored, orientation = image_header(self.image_path(index))
+        if self.turn and orientation > 1 and raw.shape == stored and not _made_here(path):
+            if stored == size:
+                raise UserError(f"{what} {path}: its image is turned by EXIF (orientation "
+                                f"{orientation}), and it may be drawn on the turned one or not; "
+                                "save the image without EXIF")
+            raw = read_label(path, orientation)
+        if raw.shape != size:
+            raise UserError(f"{what} {path} is {raw.shape[1]}×{raw.shape[0]} pixels, its image "
+                            f"{size[1]}×{size[0]}")
         return raw
+
+
+def folded(name):
+    """A file's name, for comparing it with others: without case, accents in one spelling."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def connected_regions(label):
@@ -428,9 +865,9 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0, labels=No
     name: one of DATASETS. root: the folder that holds the tree (README, Data sets), or the tree's
     own top. split: "train" or "val", of voc also "trainaug". seed: for `shapes`. For `folder` only,
     of which both splits are all images: classes, as `parse_classes` gives them; labels: the folder
-    of the labels ID.png, if there are some; offset: 0, or 1 where class k is stored as k+1 and 0
-    counts for nothing. Raises UserError for a tree that is missing or not as expected, or that has
-    no images.
+    of the labels, called as LABEL_NAMES, if there are some; offset: 0, or 1 where class k is stored
+    as k+1 and 0 counts for nothing. Raises UserError for a tree that is missing or not as expected,
+    or that has no images, and for `labels` that do not fit the images.
     """
     check_dataset(name)
     splits = TREES[name].splits if name in TREES else ("train", "val")
@@ -451,7 +888,7 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0, labels=No
     # with COCO's images in a folder of their own the labels lie beside that
     top = place.parent if "images" in tree.places and place.name == "images" else place
     if listed:
-        ids, present = _read_list(place / listed), set(os.listdir(place / images))
+        ids, present = _read_list(place / listed, tree.suffix), set(os.listdir(place / images))
         missing = [i for i in ids if i + tree.suffix not in present]
         if missing:
             raise UserError(f"{len(missing)} of the {len(ids)} images in {place / listed} are "
@@ -475,31 +912,39 @@ def _open_folder(root, split, classes, labels, offset):
     root = _find_tree("folder", root, (".",), ".")
     ids, label_files = list_folder(root, PHOTOS), []
     if labels is not None:
-        labels = Path(labels).expanduser()
+        labels = user_path(labels)
         if not labels.is_dir():
             raise UserError(f"no folder {labels}; --labels is the folder of ID.png for each ID")
         if offset and len(classes) == VOID:
             raise UserError(f"--labels-offset 1: 8-bit labels hold {VOID - 1} classes then")
-        inside = os.path.realpath(labels) + os.sep  # labels among the photographs are none
-        ids = [i for i in ids if not (i.lower().endswith(".png") and
-                                      os.path.realpath(root / i).startswith(inside))]
         table = (shifted_ids if offset else train_ids)(len(classes))
-        label_files = [(labels, ".png", table)]
+        label_files = [(labels, name, table) for name in LABEL_NAMES]
+        # labels among the photographs are none
+        found = SegmentationData("folder", split, classes, ids, (root, ""), label_files)
+        found = [found.label_path(i) for i in range(len(ids))]
+        found = {os.path.realpath(path) for path, _ in filter(None, found)}
+        below = os.path.realpath(labels) + os.sep
+        below = below if os.path.realpath(labels).startswith(os.path.realpath(root) + os.sep) else 0
+        real = [os.path.realpath(root / i) for i in ids]
+        ids = [i for i, path in zip(ids, real)
+               if path not in found and not (below and path.startswith(below))]
     if not ids:
         raise UserError(f"no images of folder {split} in {root}; expected {', '.join(PHOTOS)}; "
                         "see README, Data sets")
-    return SegmentationData("folder", split, classes, ids, (root, ""), label_files)
+    data = SegmentationData("folder", split, classes, ids, (root, ""), label_files)
+    return data if labels is None or data.has_labels else data
 
 
-def _read_list(path):
-    """The ids in a split file: the first word of each line."""
+def _read_list(path, suffix):
+    """The ids in a split file: the first word of each line, ID or folder/ID + suffix."""
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the list of images {path}: {reason}; "
                         "see README, Data sets") from None
-    ids = [line.split()[0] for line in lines if line.strip()]
+    ids = [line.split()[0].rpartition("/")[2].removesuffix(suffix) for line in lines
+           if line.strip()]
     repeated = [i for i, n in collections.Counter(ids).items() if n > 1]
     if repeated:
         raise UserError(f"{path} lists {repeated[0]} twice")
@@ -511,7 +956,7 @@ def _find_tree(name, root, places, probe):
     if root is None:
         raise UserError(f"--dataset {name} needs --data-root, the folder that holds it; "
                         "see README, Data sets")
-    root = Path(root).expanduser()
+    root = user_path(root)
     if not root.is_dir():
         raise UserError(f"no folder {root}; --data-root is the folder that holds the data set "
                         f"{name}; see README, Data sets")
@@ -532,6 +977,7 @@ class Shapes(SegmentationData):
 
     @functools.cached_property
     def drawn(self):
+        """All pictures, uint8 N×3×H×W, and labels, int64 N×H×W."""
         seeds = [draw_seed(self.seed, "shapes", name) for name in self.ids]
         parts = [draw_shapes(seeds[i : i + 50], **TARGET)[:2] for i in range(0, len(seeds), 50)]
         return [torch.cat(part) for part in zip(*parts)]
@@ -550,8 +996,42 @@ class Shapes(SegmentationData):
         return self.drawn[1][index]
 
 
+DOWNLOADS = {  # name: (address, MD5, the tree inside)
+    "voc": ("https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            "6cd6e144f989b92b3379bac3b3de84fd", "VOCdevkit/VOC2012"),
+    "ade": ("https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+            "7328b3957e407ddae1d3cbf487f149ef", "ADEChallengeData2016"),
+}
+
+
+def download(name, root):
+    """Fetch and unpack a data set into root: voc (2 GB) and ade (1 GB). Raises UserError.
+
+    Over https, and unpacked only if the hash is right; nothing to do where the tree is there.
+    """
+    if name not in DOWNLOADS:
+        raise UserError(f"--download fetches {' and '.join(DOWNLOADS)}; where {name} is to be had "
+                        "says README, Data sets")
+    if root is None:
+        raise UserError("--download needs --data-root, the folder to put the data set in")
+    root, (url, md5, tree) = user_path(root), DOWNLOADS[name]
+    if (root / tree).is_dir():
+        return
+    from torchvision.datasets.utils import download_and_extract_archive
+    part = root / f"{name}.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # an earlier try was cut short
+        download_and_extract_archive(url, root, part, md5=md5)
+        (root / tree).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part / tree, root / tree)
+        shutil.rmtree(part)
+    except Exception as error:  # of the network, the disk, the hash, the archive
+        raise UserError(f"downloading {name} into {root} failed: {error}; try again, or fetch it "
+                        "by hand: see README, Data sets") from None
+
+
 # ------------------------------------------------------------------------------------------------
-# 4. Views: what the networks see of an image
+# 5. Views: what the networks see of an image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -570,20 +1050,41 @@ def resize_to_scale(image, scale, ratio=1.0):
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
-def draw_colours():
+def training_view(image, scale, crop, ratio=(0.5, 2.0), generator=None):
+    """A random square of an image: resized, cropped, flipped, padded.
+
+    image: uint8 3×H×W. scale: as in `resize_to_scale`, times a random number within `ratio`.
+    generator: a torch.Generator to draw from. Returns (uint8 3×crop×crop, (h, w)): the view proper
+    lies in the top left h×w pixels, the rest is padding; `normalise` makes it zero.
+    """
+    factor = torch.empty(()).uniform_(*ratio, generator=generator).item()
+    image = resize_to_scale(image, scale, factor)
+    height, width = image.shape[-2:]
+    top = int(torch.randint(max(height - crop, 0) + 1, (), generator=generator))
+    left = int(torch.randint(max(width - crop, 0) + 1, (), generator=generator))
+    image = image[:, top:top + crop, left:left + crop]
+    if torch.rand((), generator=generator).item() < 0.5:
+        image = image.flip(-1)
+    height, width = image.shape[-2:]
+    return F.pad(image, (0, crop - width, 0, crop - height)), (height, width)
+
+
+def draw_colours(generator=None):
     """A random change of brightness, contrast, saturation and hue, each with probability ½.
 
     Returns the numbers for `photometric_distortion`, in the order in which it applies them:
     brightness adds up to ±32 levels; "contrast" multiplies all values by 0.5–1.5, and comes either
     before or after the other colour steps; saturation 0.5–1.5 blends with grey (the authors scale
-    the S of HSV); hue turns by up to 18 of 180. Draws from torch's global generator.
+    the S of HSV); hue turns by up to 18 of 180. generator: a torch.Generator to draw from.
     """
 
     def coin():
-        return torch.rand(()).item() < 0.5
+        return torch.rand((), generator=generator).item() < 0.5
 
     def uniform(wanted, low, high, otherwise):
-        return torch.empty(()).uniform_(low, high).item() if wanted else otherwise
+        if not wanted:
+            return otherwise
+        return torch.empty(()).uniform_(low, high, generator=generator).item()
 
     contrast_first, contrast = coin(), coin()
     return [uniform(coin(), -32, 32, 0.0), uniform(contrast and contrast_first, 0.5, 1.5, 1.0),
@@ -594,52 +1095,22 @@ def draw_colours():
 def photometric_distortion(images, colours):
     """Change the colours of a batch of images, each as `draw_colours` says, on their device.
 
-    images: uint8 B×3×H×W; colours: float32 B×5. Returns uint8 B×3×H×W. Padding is changed too;
-    `normalise` makes it zero.
+    images: uint8 B×3×H×W; colours: float32 B×5, on the CPU, where nothing waits for a GPU. Returns
+    uint8 B×3×H×W. Padding is changed too; `normalise` makes it zero.
     """
-    brightness, contrast, saturation, hue, last = colours.T[..., None, None, None]  # each B×1×1×1
-    images = levels(images + brightness)
-    images = levels(images * contrast)
-    images = levels(images * saturation + to_grey(images)[:, None] * (1 - saturation))
-    images = torch.where(hue == 0, images, change_hue(images, hue))
-    return levels(images * last)
+    from torchvision.transforms.v2 import functional as TF  # takes seconds to import
 
+    def levels(values):
+        return values.clamp(0, 255).to(torch.uint8)
 
-def levels(images):
-    """Any numbers as levels of brightness: whole, 0 to 255, uint8."""
-    return images.clamp(0, 255).to(torch.uint8)
-
-
-def change_hue(images, share):
-    """Turn the hue by a share of the full circle, in HSV: uint8 B×3×H×W, B×1×1×1 → same."""
-    rgb = images / 255
-    low, v = rgb.amin(1, keepdim=True), rgb.amax(1, keepdim=True)
-    chroma = v - low
-    red, green, blue = ((v - rgb) / chroma.masked_fill(chroma == 0, 1)).split(1, 1)
-    h = torch.where(v == rgb[:, :1], blue - green,
-                    torch.where(v == rgb[:, 1:2], 2 + red - blue, 4 + green - red)) + 6 * share
-    # A channel is v where its own hue is near, v less the chroma where it is far.
-    places = torch.arange(5, 0, -2, device=h.device)[:, None, None]  # of red, green, blue
-    way = (h + places).remainder(6)
-    return levels(255.999 * (v - chroma * torch.minimum(way, 4 - way).clamp(0, 1)))
-
-
-def training_view(image, scale, crop, ratio=(0.5, 2.0)):
-    """A random square of an image: resized, cropped, flipped, padded.
-
-    image: uint8 3×H×W. scale: as in `resize_to_scale`, times a random number within `ratio`.
-    Returns (uint8 3×crop×crop, (h, w)): the view proper lies in the top left h×w pixels, the rest
-    is padding; `normalise` makes it zero. Draws from torch's global generator.
-    """
-    image = resize_to_scale(image, scale, torch.empty(()).uniform_(*ratio).item())
-    height, width = image.shape[-2:]
-    top = int(torch.randint(max(height - crop, 0) + 1, ()))
-    left = int(torch.randint(max(width - crop, 0) + 1, ()))
-    image = image[:, top:top + crop, left:left + crop]
-    if torch.rand(()).item() < 0.5:
-        image = image.flip(-1)
-    height, width = image.shape[-2:]
-    return F.pad(image, (0, crop - width, 0, crop - height)), (height, width)
+    changed = []
+    for image, (brightness, contrast, saturation, hue, last) in zip(images, colours.tolist()):
+        image = levels(image + brightness) if brightness else image
+        image = levels(image * contrast) if contrast != 1 else image
+        image = TF.adjust_saturation(image, saturation) if saturation != 1 else image
+        image = TF.adjust_hue(image, hue) if hue else image
+        changed.append(levels(image * last) if last != 1 else image)
+    return torch.stack(changed)
 
 
 def normalise(images, mean, std, sizes=None):
@@ -663,12 +1134,11 @@ def padding(sizes, H, W):
     return rows[:, :, None] | columns[:, None, :]
 
 
-class TrainingViews(torch.utils.data.Dataset):
-    """Training views of a SegmentationData, never its labels; indexed by (epoch, index).
+class TrainingViews:
+    """Training views of a SegmentationData, never its labels.
 
-    An item is a dict: view uint8 3×crop×crop, size int64 (h, w), index int, and with `distort`
-    colours float32 5, for `photometric_distortion` of whole batches, on a GPU if there is one. It
-    depends on (seed, epoch, id of the image) alone: not on workers, processes or interruptions.
+    A view depends on (seed, epoch, id of the image) alone: not on readers, processes or
+    interruptions. distort: whether `batch` draws colours too.
     """
 
     def __init__(self, data, scale, crop, ratio=(0.5, 2.0), distort=True, seed=0):
@@ -678,125 +1148,261 @@ class TrainingViews(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.data)
 
-    def __getitem__(self, key):
-        epoch, index = int(key[0]), int(key[1])
-        image = self.data.image(index)
-        with torch.random.fork_rng(devices=[]):
-            # not torch.manual_seed: that would also reset the generators of the GPUs
-            torch.default_generator.manual_seed(
-                draw_seed(self.seed, epoch, self.data.ids[index], "view"))
-            view, size = training_view(image, self.scale, self.crop, self.ratio)
-            colours = dict(colours=torch.tensor(draw_colours())) if self.distort else {}
-        return dict(view=view, size=torch.tensor(size), index=index, **colours)
+    def batch(self, keys):
+        """A list of B (epoch, index) → dict of CPU tensors: view uint8 B×3×crop×crop, size int64
+        B×2 (h, w), index int64 B, and with `distort` colours float32 B×5, for
+        `photometric_distortion` of whole batches, on a GPU if there is one.
+        """
+        views, sizes, colours = [], [], []
+        for epoch, index in keys:
+            seed = draw_seed(self.seed, epoch, self.data.ids[index], "view")
+            generator = torch.Generator().manual_seed(seed)
+            view, size = training_view(self.data.image(index), self.scale, self.crop, self.ratio,
+                                       generator)
+            views.append(view)
+            sizes.append(size)
+            colours.append(draw_colours(generator) if self.distort else [])
+        batch = dict(view=torch.stack(views), size=torch.tensor(sizes),
+                     index=torch.tensor([index for _, index in keys]))
+        return batch | dict(colours=torch.tensor(colours)) if self.distort else batch
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Getting the data: downloads, and the conversion of Pascal Context
-
-DOWNLOADS = {  # name: (address, SHA-256, the tree inside); of ADE's only the MD5 is published
-    "voc": ("https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-            "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
-            "VOCdevkit/VOC2012"),
-    "ade": ("https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-            "7328b3957e407ddae1d3cbf487f149ef", "ADEChallengeData2016"),
-}
-ELSEWHERE = {
-    "context": "images: http://host.robots.ox.ac.uk/pascal/VOC/voc2010/, labels: trainval of "
-               "https://cs.stanford.edu/~roozbeh/pascal-context/, then --convert",
-    "cityscapes": "https://www.cityscapes-dataset.com (needs an account)",
-    "stuff": "images: https://cocodataset.org/#download, labels: stuffthingmaps of "
-             "https://github.com/nightrome/cocostuff",
-}
-ELSEWHERE["stuff171"] = ELSEWHERE["stuff"]
+# 6. Answers kept on disk, and reading ahead
 
 
-def download(name, root):
-    """Fetch and unpack a data set into root: voc (2 GB) and ade (1 GB). Raises UserError.
+def read_ahead(read, keys, workers):
+    """Yield read(key) for each key, in order, read by `workers` threads in advance; 0: by none.
 
-    Over https, and unpacked only if the hash is right; nothing to do where the tree is there.
+    Decoding and resizing leave Python's lock to others. Raises what reading raises, where its item
+    would be; nobody reads on when the generator is left.
     """
-    if name not in DOWNLOADS:
-        raise UserError(f"--download cannot fetch {name}; get it from {ELSEWHERE[name]}; see "
-                        "README, Data sets" if name in ELSEWHERE else
-                        f"there is nothing to download for --dataset {name}")
-    if root is None:
-        raise UserError("--download needs --data-root, the folder to put the data set in")
-    root = Path(root).expanduser()
-    url, digest, tree = DOWNLOADS[name]
-    if (root / tree).is_dir():
+    if not workers:
+        yield from map(read, keys)
         return
-    archive = root / url.rpartition("/")[2]
+    threads = torch.get_num_threads()
+    # a reader of its own is parallel enough: PyTorch would give each as many threads as there are
+    pool = concurrent.futures.ThreadPoolExecutor(workers, initializer=_one_thread)
     try:
-        if len(digest) == 64:
-            fetch(url, archive, digest)
-        else:
-            from torchvision.datasets.utils import download_url  # takes seconds to import
-            download_url(url, root, archive.name, digest)
-        unpack(archive, root, tree)
-    except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError) as error:
-        raise UserError(f"downloading {name} into {root} failed: {error}; try again, or fetch it "
-                        "by hand: see README, Data sets") from None
+        keys, ahead = iter(keys), collections.deque()
+        while True:
+            wanted = 2 * workers - len(ahead)
+            ahead.extend(pool.submit(read, key) for key in itertools.islice(keys, wanted))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
-# Of the 459 classes of the original annotation, the 59 frequent ones in the order of CONTEXT (which
-# is that of their ids), after 0.
-CONTEXT_IDS = [int(i) for i in """
-    0 2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187
-    189 207 220 232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420
-    424 427 440 445 454 458""".split()]
+def _one_thread():
+    """PyTorch's operations take one thread when this one calls them."""
+    torch.get_num_threads()  # so that the number of this thread exists
+    torch.set_num_threads(1)
 
 
-def convert_context(mat_dir, root):
-    """Turn Pascal Context's original labels into PNGs, 0 = other and 1–59, and list the splits.
+class Records:
+    """Records in a file, read when they are asked for; see `ask_once`."""
 
-    mat_dir: holds ID.mat with one matrix LabelMap, H×W ids 0–459. root: holds VOCdevkit/VOC2010.
-    Writes SegmentationClassContext/ID.png there, leaving those that exist, and, unless they exist,
-    ImageSets/SegmentationContext/{train,val}.txt: VOC 2010's own splits, so far as they have
-    labels. Raises UserError.
+    def __init__(self, path, kind, n, start):
+        self.path, self.kind, self.n, self.start = path, kind, n, start
+        self.file = open(path, "rb", buffering=0)
+
+    def __len__(self):
+        return self.n
+
+    def rows(self, indices):
+        """The records of a list of indices, a numpy structured array."""
+        size = self.kind.itemsize
+        parts = [os.pread(self.file.fileno(), size, self.start + i * size) for i in indices]
+        return np.frombuffer(b"".join(parts), self.kind)
+
+    def done(self, index):
+        """Whether a record has been written: its last byte is its flag."""
+        at = self.start + (index + 1) * self.kind.itemsize - 1
+        return os.pread(self.file.fileno(), 1, at) == b"\1"
+
+
+@torch.no_grad()
+def ask_once(folder, name, facts, fields, blocks, read, ask, workers):
+    """What a frozen network says of all items, asked once, block by block, and kept in a file.
+
+    The file is folder/NAME-FINGERPRINT.npy. facts: plain values on which the records depend; their
+    fingerprint stands in the name, so other facts are another file. fields: {name: (numpy type,
+    shape)} of a record. blocks: lists of keys, whose records follow each other; read(block), in
+    `workers` threads, gives what `ask` is given → {name: tensor B×shape}.
+
+    A record ends with a flag: done. Blocks with a record that lacks it, because the run was
+    interrupted, are asked (again); several processes share them. A complete file is only read.
+    Returns Records. Raises UserError for a damaged file and a full disk.
     """
-    tree = _find_tree("context", root, TREES["context"].places, "JPEGImages")
-    mat_dir = Path(mat_dir).expanduser()
-    ids = list_folder(mat_dir, ".mat")
-    if not ids:
-        raise UserError(f"no .mat files in {mat_dir}; expected ID.mat from Pascal Context's "
-                        "trainval; see README, Data sets")
-    table = np.zeros(460, dtype=np.uint8)
-    table[CONTEXT_IDS] = np.arange(60)
-    out = tree / "SegmentationClassContext"
-    for n, i in enumerate(ids, 1):
-        target, path = out / f"{Path(i).name}.png", mat_dir / f"{i}.mat"
-        if not target.exists():
-            labels = read_mat_v5(path).get("LabelMap")
-            if labels is None or labels.ndim != 2:
-                raise UserError(f"{path} has no matrix LabelMap; is it from Pascal Context?")
-            if labels.size == 0 or not (labels.min() >= 0 and labels.max() <= 459):
-                raise UserError(f"{path}: LabelMap has ids outside 0–459")
-            out.mkdir(exist_ok=True)
-            save_picture(Image.fromarray(table[labels.astype(np.int64)]), target)
-        if n % 500 == 0 or n == len(ids):
-            print(f"converted {n} of {len(ids)}", flush=True)
-    labelled = {Path(i).name for i in ids}
-    for split in ("train", "val"):
-        source = tree / "ImageSets" / "Main" / f"{split}.txt"
-        target = tree / TREES["context"].lists.format(split)
-        if target.exists():
-            continue
-        if not source.exists():
-            raise UserError(f"the labels are converted, but there is no list {target}, and no "
-                            f"{source} to make it from; see README, Data sets")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        listed = [i for i in _read_list(source) if i in labelled]
-        write_text(target, "".join(f"{i}\n" for i in listed))
-        print(f"wrote {target}: {len(listed)} images")
+    kind = np.dtype([(key, *field) for key, field in fields.items()] + [("done", np.uint8)])
+    starts = [0, *itertools.accumulate(map(len, blocks))]
+    n, facts = starts[-1], dict(facts, records=starts[-1], fields=repr(kind.descr))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{fingerprint(json.dumps(facts, sort_keys=True))}.npy"
+    # the head of an .npy file, version 1, as numpy.load expects it
+    head = repr(dict(descr=kind.descr, fortran_order=False, shape=(n,)))
+    head += " " * (-(len(head) + 11) % 64) + "\n"
+    head = b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head.encode("ascii")
+    if rank() == 0:
+        _make_file(path, name, head, len(head) + n * kind.itemsize)
+    barrier()
+    records = Records(path, kind, n, len(head))
+    left = gather([b for b in range(len(blocks)) if rank() == 0 and not all(
+        map(records.done, range(starts[b], starts[b + 1])))])[0]
+    own = left[rank()::world()]
+    if own:
+        progress = Progress(name, n, n - sum(len(blocks[b]) for b in left))
+        with open(path, "r+b", buffering=0) as file:
+            batches = read_ahead(read, [blocks[b] for b in own], workers)
+            for b, batch in zip(own, batches):
+                block = np.zeros(len(blocks[b]), kind)
+                for key, value in ask(batch).items():
+                    block[key] = value.cpu().numpy()
+                block["done"] = 1
+                _write(file, block.tobytes(), len(head) + starts[b] * kind.itemsize)
+                progress.advance(len(block) * world())
+        progress.close()
+    barrier()
+    return records
+
+
+def _make_file(path, name, head, size):
+    """See to it that a file begins with `head` and has its size; what is not written is zero."""
+    if path.exists() and path.stat().st_size == size:
+        with open(path, "rb") as file:
+            if file.read(len(head)) == head:
+                return
+    if not path.exists():
+        print(f"{name}: {size / 1e9:.2f} GB → {printable(path)}", flush=True)
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise UserError(f"{path} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
+                            "choose another folder with --cache, fewer --views, or --views 0")
+    elif path.read_bytes()[:len(head)] not in (head, b""):
+        raise UserError(f"{path} is damaged; delete it, and it will be made again")
+    # not under a temporary name: whoever else makes it does the same
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
+        _write(file, head, 0)
+        file.truncate(size)
+
+
+def _write(file, content, at):
+    """Write bytes at a place in an unbuffered file. Raises UserError where there is no room."""
+    file.seek(at)
+    try:
+        while content:
+            content = content[file.write(content):]
+    except OSError as error:
+        raise UserError(f"cannot write {file.name}: {error.strerror}; make room, or choose another "
+                        "folder with --cache, and repeat the command") from None
+
+
+class CachedViews:
+    """What a frozen network says of K views of each of n images; epoch e has view e mod K.
+
+    They are the views that fresh augmentation gives in the first K epochs. records: K·n, as
+    `ask_once` returns them.
+    """
+
+    def __init__(self, records, n):
+        self.records, self.n = records, n
+
+    def __len__(self):
+        return self.n
+
+    def batch(self, keys):
+        """A list of B (epoch, index) → index, int64 B, and B×… of each field by name."""
+        views = len(self.records) // self.n
+        rows = self.records.rows([epoch % views * self.n + i for epoch, i in keys])
+        fields = {name: torch.from_numpy(rows[name].copy()) for name in rows.dtype.names[:-1]}
+        return dict(index=torch.tensor([i for _, i in keys]), **fields)
+
+
+def cached_views(views, K, folder, name, facts, fields, ask, workers):
+    """CachedViews of K views per image of TrainingViews; the rest as in `ask_once`."""
+    n, data = len(views), views.data
+    facts = dict(facts, data=data.name, images=data.fingerprint, views=K, seed=views.seed,
+                 scale=list(views.scale), crop=views.crop, ratio=list(views.ratio),
+                 distort=views.distort)
+    blocks = [[(k, i) for i in rows.tolist()]
+              for k in range(K) for rows in torch.arange(n).split(16)]
+    return CachedViews(ask_once(folder, name, facts, fields, blocks, views.batch, ask, workers), n)
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. The command: what is in a data set?
+# 7. Drawing
 
 
-def evenly(count, limit):
-    """At most `limit` of the indices 0…count-1, evenly spaced."""
-    return [i * count // min(count, limit) for i in range(min(count, limit))]
+def visible(colours):
+    """The colours in overlays and legends: bright green for light greys (VOC's car, Cityscapes'
+    pole), which would pass for no class there. uint8 …×3 → uint8 …×3."""
+    low, high = colours.amin(-1, keepdim=True), colours.amax(-1, keepdim=True)
+    green = torch.cat([low // 2, torch.full_like(low, 255), torch.full_like(low, 110)], -1)
+    return torch.where((low >= 100) & (high - low < 30), green, colours)
+
+
+def overlay(image, label, colours):
+    """The classes of a label, int64 H×W, in their colours on a pale grey image; uint8 3×H×W.
+
+    image: uint8 3×H×W; colours: uint8 C×3, shown as `visible`. Void stays grey.
+    """
+    label, tint = label.cpu(), torch.zeros(256, 3)
+    tint[:len(colours)] = 0.8 * visible(colours)
+    grey = 110 + 0.5 * image.float().mean(0)
+    kept = torch.where(label == VOID, 1.0, 0.2) * grey
+    return (kept + tint[label].movedim(-1, 0)).clamp(0, 255).to(torch.uint8)
+
+
+def legend(entries, width):
+    """Patches of colour, each with its name, in as many columns as fit; a PIL image.
+
+    entries: pairs of a text and a uint8 colour (3 values); width: in pixels. Pillow's own font has
+    ASCII; other letters come as their code, so that no two names look the same.
+    """
+    font, line, gap = ImageFont.load_default(17), 26, 6
+    names = [unicodedata.normalize("NFC", text).encode("ascii", "backslashreplace").decode()
+             for text, _ in entries]
+    column = max([200] + [int(font.getlength(name)) + 56 for name in names])
+    per_line = max(1, width // column)
+    picture = Image.new("RGB", (width, -(-len(entries) // per_line) * line + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    for n, (name, (_, colour)) in enumerate(zip(names, entries)):
+        x, y = n % per_line * column + gap, n // per_line * line + 4
+        draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(visible(colour).tolist()))
+        draw.text((x + 36, y), name, "black", font)
+    return picture
+
+
+def picture_sheet(rows, headings, present, classes, colours, cell=240):
+    """Rows of pictures under headings, above a legend of the classes in `present`, as a PIL image.
+
+    rows: lists of uint8 3×H×W tensors, each scaled to fit a square of `cell` pixels; headings: one
+    per column or empty; present: class indices; classes: C texts, shown as `called`; colours: uint8
+    C×3.
+    """
+    gap, top, step = 6, 26 if headings else 0, cell + 6
+    width, bottom = len(rows[0]) * step + gap, top + len(rows) * step + gap
+    names = legend([(called(classes[k]), colours[k]) for k in sorted(present)], width)
+    sheet = Image.new("RGB", (width, bottom + names.height), "white")
+    sheet.paste(names, (0, bottom))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            scale = cell / max(picture.shape[-2:])
+            size = [max(1, round(side * scale)) for side in picture.shape[:0:-1]]
+            method = Image.NEAREST if scale > 1 else Image.BILINEAR  # enlarged masks stay sharp
+            picture = Image.fromarray(picture.cpu().movedim(0, -1).numpy()).resize(size, method)
+            sheet.paste(picture, (x * step + gap, top + y * step + gap))
+    for x, heading in enumerate(headings):
+        ImageDraw.Draw(sheet).text((x * step + gap, 5), heading, "black",
+                                   ImageFont.load_default(17))
+    return sheet
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. The command: what is in a data set?
 
 
 def contact_sheet(data, count=12):
@@ -835,30 +1441,25 @@ def describe(data, limit):
 
 @clean_exit
 def main(argv=None):
-    parser = Parser(description="Show what a data set holds; fetch or convert it first, if asked "
-                                "to. This command opens ground truth; training does not.")
+    parser = Parser(description="Show what a data set holds; fetch it first, if asked to. This "
+                                "command opens ground truth; training does not.")
     flag = parser.add_argument
     flag("--dataset", metavar="NAME", default="shapes", help=", ".join(DATASETS))
-    flag("--data-root", type=path, metavar="DIR", help="the folder that holds the data set")
+    flag("--data-root", type=user_path, metavar="DIR", help="the folder that holds the data set")
     flag("--train-split", metavar="NAME", default="train", help="train, of voc also trainaug")
     flag("--classes", metavar="NAMES", help="for folder: \"cat, dog\", or a file")
-    flag("--labels", type=path, metavar="DIR", help="for folder: ID.png for each image ID")
+    flag("--labels", type=user_path, metavar="DIR", help="for folder: the folder of ID.png, ID_mask.png, … for each image ID")
     flag("--labels-offset", type=int, choices=(0, 1), default=0,
          help="1: in --labels 0 is background and class k is k+1")
     flag("--download", action="store_true", help="fetch voc or ade into --data-root")
-    flag("--convert", type=path, metavar="DIR", help="for context: make PNGs of DIR/*.mat")
     flag("--limit", type=count, default=200, metavar="N",
          help="images per split whose sizes and labels are read (default 200)")
-    flag("--seed", type=seed, default=0, help="for shapes")
-    flag("--out", type=path, metavar="FILE", help="contact sheet (runs/data-DATASET.png)")
+    flag("--seed", type=seed_number, default=0, help="for shapes")
+    flag("--out", type=user_path, metavar="FILE", help="contact sheet (runs/data-DATASET.png)")
     args = parser.parse_args(argv)
     classes = None if args.classes is None else parse_classes(args.classes)
     if args.download:
         download(args.dataset, args.data_root)
-    if args.convert:
-        if args.dataset != "context":
-            raise UserError("--convert goes with --dataset context")
-        convert_context(args.convert, args.data_root)
 
     # of a folder, both splits are the same images
     names = ("val",) if args.dataset == "folder" else (args.train_split, "val")

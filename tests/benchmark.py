@@ -1,9 +1,7 @@
 """How long the stages take, ours against plain: python tests/benchmark.py [--quick] [--device cuda]
 
 Every stage is compared with a plain implementation of the same computation, on random weights of
-ViT-B/16's sizes. What is compared is run in turn in one process, so that all of it meets the same
-machine; every number is a median. --quick runs each stage once, at a small size, to see that it
-works.
+ViT-B/16's sizes; both are run in turn in one process, and every number is a median.
 """
 
 import argparse
@@ -33,7 +31,7 @@ from data import (CLASSES, CLIP_MEAN, CLIP_STD, TrainingViews, normalise,  # noq
 PHOTO = sorted((REAL / "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))[0]
 SETS = {"voc": 336, "context": 480, "ade": 512}  # and the side of the training crop
 WAYS = ("plain", "fresh", "cached")  # of making a step
-HEADING = f"{'seconds':44}{'plain':>10}{'ours':>10}{'ratio':>8}"
+ROW = "{:42}{:10.3f} s{:8.3f} s{:8.2f}"  # what, plain, ours, ratio
 
 
 def vit_b16(quick=False):
@@ -70,15 +68,11 @@ def compare(name, plain, ours, args, agree, repeats=3):
     """Print the seconds of two ways to one result. AssertionError unless agree(ours, plain)."""
     (slow, expected), (fast, actual) = alternate([plain, ours], args, repeats)
     assert agree(actual, expected), f"{name}: the two ways differ"
-    show(name, slow, fast)
-
-
-def show(name, plain, ours):
-    print(f"{name:42}{plain:10.3f} s{ours:8.3f} s{plain / ours:8.2f}", flush=True)
+    print(ROW.format(name, slow, fast, slow / fast), flush=True)
 
 
 def near(tolerance):
-    """Whether numbers are equal, relative to the largest of each if that is over 1."""
+    """Whether tensors are equal, relative to the largest number of each if that is over 1."""
     return lambda ours, plain: all((a - b).abs().max() <= tolerance * max(1, b.abs().max())
                                    for a, b in zip(ours, plain, strict=True))
 
@@ -129,7 +123,7 @@ def steps(name, first, loss_of, args):
     assert near(1e-3)(losses["fresh"], losses["plain"]), f"{name}: the losses differ: {losses}"
     (plain, _), *ours = alternate([lambda way=way: step(way) for way in WAYS], args)
     for way, (seconds, _) in zip(WAYS[1:], ours):
-        show(f"{name}, {way}", plain, seconds)
+        print(ROW.format(f"{name}, {way}", plain, seconds, plain / seconds), flush=True)
 
 
 def rectification(model, device, args):
@@ -317,16 +311,13 @@ def main(argv=None):
     flag = parser.add_argument
     flag("--quick", action="store_true", help="tiny sizes, each stage once: does it run?")
     flag("--device", default="cpu", help="default: cpu")
-    flag("--threads", type=int, help="default: as torch chooses")
     flag("--repeats", type=int, default=5, help="measurements behind each median (default: 5)")
     flag("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{'a tiny CLIP' if args.quick else 'ViT-B/16'}, random weights\n{HEADING}", flush=True)
+          f"{'a tiny CLIP' if args.quick else 'ViT-B/16'}, random weights\n{'plain':>52}{'ours':>10}{'ratio':>10}")
     model = vit_b16(args.quick).to(device)
     for stage in args.stages:
         STAGES[stage](model, device, args)

@@ -43,12 +43,11 @@ def test_dense():
     model, recorded, features = golden_clip()
     grid = tuple(recorded["grid"].tolist())
     assert features.shape[2:] == grid
-    assert_close(features.flatten(2).mT, recorded["value_features"] @ model.visual.proj)
+    values = recorded["value_features"].flatten(2).mT
+    assert_close(features.flatten(2).mT, values @ model.visual.proj)
     assert_close(F.normalize(features, dim=1), F.normalize(recorded["Z"], dim=1))
     p = reclip.resized_positions(model.visual, *grid)
     assert_close(p.flatten(2).mT, recorded["positional_embedding"])
-    whole = reclip.global_feature(model.visual, recorded["images"])
-    assert_close(whole, F.normalize(recorded["image_features"], dim=-1))
 
 
 def present(recorded, C):
@@ -82,9 +81,10 @@ def test_rectification(tmp_path, file, method, preset, name, temperature):
     rectifier, (Z, p) = network.rectifier.requires_grad_(True), network.inputs(features)
     weights, parts = set(reclip.renamed(recorded["weights"])), set(rectifier.state_dict())
     assert weights <= parts
-    assert parts - weights == {"Wq", "reference.suffix", "reference.start"}
+    assert parts - weights == {"Wq", "reference.start"}
     # "chest of drawers" has lost its end token, as in the authors' program.
-    assert torch.equal(rectifier.reference.suffix, recorded["suffix_tokens"].long())
+    endings = [tuple(id for id in ids if id) for ids in recorded["suffix_tokens"].tolist()]
+    assert list(rectifier.reference.endings) == endings
     # The encoder is the preset's: exact GELU and ImageNet's statistics for ReCLIP's files.
     exact = isinstance(network.visual.transformer.resblocks[0].mlp.gelu, nn.GELU)
     assert exact == (preset == "paper")
@@ -185,7 +185,7 @@ def test_a_file_of_other_classes_or_another_clip(tmp_path):
         other = recorded | dict(class_names=names, Wq=torch.zeros(len(names), 32))
         refuses(f"does not fit {len(names)} classes", authors_network, path, other)
     del recorded["weights"]["pe_proj.bias"]
-    refuses("and this CLIP: it lacks position.bias", authors_network, path, recorded)
+    refuses("and this CLIP: it lacks .*position.bias", authors_network, path, recorded)
 
 
 THEIRS = {"reference.prompt": "text_encoder.prompt_token", "decoder.conv": "decoder_conv2",

@@ -26,7 +26,7 @@ def test_forty_steps_of_the_authors_program():
     classes, Wq = recorded["classes"], recorded["Wq"]
     rectifier = Rectifier(model, classes, Wq, *reclip.METHODS[method])
     missing, unexpected = rectifier.load_state_dict(run["start"], strict=False)
-    assert not unexpected and set(missing) == {"Wq", "reference.start", "reference.suffix"}
+    assert not unexpected and set(missing) == {"Wq", "reference.start"}
     optimizer = torch.optim.SGD(rectifier.parameters(), recorded["lr"], recorded["momentum"],
                                 weight_decay=recorded["weight_decay"])
     for step, batch in enumerate(recorded["order"].tolist()):
@@ -73,7 +73,7 @@ def test_gradients_at_batch_1_with_batch_norm_written_out(method, h, w, layout):
 
     def gradients():
         rectifier.zero_grad()
-        loss = rectification_loss(rectifier, features, p, Wq, rectifier.Wr(model), present, noise,
+        loss = rectification_loss(rectifier, features, p, Wq, rectifier.texts(model)[1], present, noise,
                                   0.1, 0.5)
         loss.backward()
         return loss.item(), {k: v.grad.clone() for k, v in rectifier.named_parameters()}

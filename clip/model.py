@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def normal_(x, std):
-    """nn.init.normal_, but on the meta device nothing: it would import PyTorch's compiler there."""
-    return x if x.is_meta else nn.init.normal_(x, std=std)
-
-
-# ---- Transformer -------------------------------------------------------------------------------
+def normal(std, *shape):
+    """A parameter of normal numbers, on the meta device of none: it would import the compiler."""
+    x = torch.empty(shape)
+    return nn.Parameter(x if x.is_meta else x.normal_(std=std))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -40,23 +38,15 @@ class QuickGELU(nn.Module):
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; the parameters are named as in nn.MultiheadAttention.
+class Attention(nn.MultiheadAttention):
+    """Multi-head self-attention with the parameters of PyTorch's, but open to be taken apart.
 
     The rows of `in_proj_weight` (3 width x width) are the query, key and value projections.
     """
 
     def __init__(self, width, heads, causal=False):
-        super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"{heads} attention heads do not divide a width of {width}")
-        self.num_heads = heads
+        super().__init__(width, checked_heads(heads, width), batch_first=True)
         self.causal = causal
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
 
     def project(self, x):
         """B x n x width -> queries, keys, values, each B x heads x n x (width / heads)."""
@@ -67,6 +57,14 @@ class Attention(nn.Module):
         """B x n x width -> B x n x width. Causal: position i sees positions 0 ... i."""
         mixed = F.scaled_dot_product_attention(*self.project(x), is_causal=self.causal)
         return self.out_proj(merge_heads(mixed))
+
+
+def checked_heads(heads, width):
+    """The number of heads, by default one per 64 channels; ValueError where it is impossible."""
+    heads = heads or max(1, width // 64)
+    if heads < 1 or width % heads:
+        raise ValueError(f"{heads} attention heads do not divide a width of {width}")
+    return heads
 
 
 def split_heads(x, heads):
@@ -103,10 +101,8 @@ class ResidualAttentionBlock(nn.Module):
         self.attn = Attention(width, heads, causal)
         self.ln_1 = LayerNorm(width)
         self.mlp = MLP(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width),
-            gelu=ACTIVATIONS[activation](),
-            c_proj=nn.Linear(4 * width, width),
-        ))
+            c_fc=nn.Linear(width, 4 * width), gelu=ACTIVATIONS[activation](),
+            c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x):
@@ -120,18 +116,15 @@ class Transformer(nn.Module):
 
     def __init__(self, width, layers, heads, causal=False, activation="quick_gelu"):
         super().__init__()
-        self.width = width
-        self.layers = layers
         self.resblocks = nn.Sequential(*(
-            ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers)
-        ))
+            ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers)))
         # The normal initialisation of GPT-2: what is added to the residual shrinks with depth.
         inner, residual = width ** -0.5, width ** -0.5 * (2 * layers) ** -0.5
         for block in self.resblocks:
-            normal_(block.attn.in_proj_weight, inner)
-            normal_(block.attn.out_proj.weight, residual)
-            normal_(block.mlp.c_fc.weight, (2 * width) ** -0.5)
-            normal_(block.mlp.c_proj.weight, residual)
+            block.attn.in_proj_weight = normal(inner, 3 * width, width)
+            block.attn.out_proj.weight = normal(residual, width, width)
+            block.mlp.c_fc.weight = normal((2 * width) ** -0.5, 4 * width, width)
+            block.mlp.c_proj.weight = normal(residual, width, 4 * width)
 
     def forward(self, x):
         return self.resblocks(x)
@@ -140,19 +133,17 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT: a class token and patches through a transformer; the token gives the image feature."""
 
-    def __init__(self, input_resolution, patch_size, width, layers, heads, output_dim,
-                 activation="quick_gelu"):
+    def __init__(self, input_resolution, patch_size, width, layers, heads, output_dim, activation):
         super().__init__()
         self.input_resolution = input_resolution
-        self.output_dim = output_dim
         tokens, scale = (input_resolution // patch_size) ** 2 + 1, width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(normal_(torch.empty(width), scale))
-        self.positional_embedding = nn.Parameter(normal_(torch.empty(tokens, width), scale))
+        self.class_embedding = normal(scale, width)
+        self.positional_embedding = normal(scale, tokens, width)
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, activation=activation)
         self.ln_post = LayerNorm(width)
-        self.proj = nn.Parameter(normal_(torch.empty(width, output_dim), scale))
+        self.proj = normal(scale, width, output_dim)
 
     def forward(self, image):
         """B x 3 x R x R, R being `input_resolution` -> B x D."""
@@ -163,35 +154,29 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-# ---- ResNet ------------------------------------------------------------------------------------
+def add_convolution(module, i, inplanes, planes, size, stride=1):
+    """Give a module the convolution conv{i}, with bn{i} and relu{i} that follow it."""
+    convolution = nn.Conv2d(inplanes, planes, size, stride, padding=size // 2, bias=False)
+    module.add_module(f"conv{i}", convolution)
+    module.add_module(f"bn{i}", nn.BatchNorm2d(planes))
+    module.add_module(f"relu{i}", nn.ReLU(inplace=True))
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut; a stride is an average pooling, here and there."""
 
-    expansion = 4
-
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
-        outplanes = planes * self.expansion
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.relu2 = nn.ReLU(inplace=True)
+        outplanes = 4 * planes
+        add_convolution(self, 1, inplanes, planes, 1)
+        add_convolution(self, 2, planes, planes, 3)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outplanes)
-        self.relu3 = nn.ReLU(inplace=True)
-        nn.init.zeros_(self.bn3.weight)      # every block starts as its shortcut
+        add_convolution(self, 3, planes, outplanes, 1)
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
-            self.downsample = nn.Sequential(OrderedDict([
-                ("-1", nn.AvgPool2d(stride)),
-                ("0", nn.Conv2d(inplanes, outplanes, 1, bias=False)),
-                ("1", nn.BatchNorm2d(outplanes)),
-            ]))
+            self.downsample = nn.Sequential(OrderedDict({
+                "-1": nn.AvgPool2d(stride), "0": nn.Conv2d(inplanes, outplanes, 1, bias=False),
+                "1": nn.BatchNorm2d(outplanes)}))
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -206,28 +191,21 @@ class AttentionPool2d(nn.Module):
 
     def __init__(self, grid, width, heads, output_dim):
         super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"{heads} attention heads do not divide a width of {width}")
-        self.num_heads = heads
-        std = width ** -0.5
-        self.positional_embedding = nn.Parameter(normal_(torch.empty(grid ** 2 + 1, width), std))
+        self.num_heads = checked_heads(heads, width)
+        self.positional_embedding = normal(width ** -0.5, grid ** 2 + 1, width)
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, output_dim)
-        for projection in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
-            normal_(projection.weight, std)
 
     def forward(self, x):
         """B x width x h x w -> B x D."""
         x = x.flatten(2).transpose(1, 2)                             # B x hw x width
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)
-        pooled = F.scaled_dot_product_attention(
-            split_heads(self.q_proj(x[:, :1]), self.num_heads),
-            split_heads(self.k_proj(x), self.num_heads),
-            split_heads(self.v_proj(x), self.num_heads))
-        return self.c_proj(merge_heads(pooled)).squeeze(1)
+        qkv = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        qkv = (split_heads(part, self.num_heads) for part in qkv)
+        return self.c_proj(merge_heads(F.scaled_dot_product_attention(*qkv))).squeeze(1)
 
 
 class ModifiedResNet(nn.Module):
@@ -236,16 +214,9 @@ class ModifiedResNet(nn.Module):
     def __init__(self, layers, output_dim, heads, input_resolution=224, width=64):
         super().__init__()
         self.input_resolution = input_resolution
-        self.output_dim = output_dim
-        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width // 2)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width // 2)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
-        self.relu3 = nn.ReLU(inplace=True)
+        add_convolution(self, 1, 3, width // 2, 3, stride=2)
+        add_convolution(self, 2, width // 2, width // 2, 3)
+        add_convolution(self, 3, width // 2, width, 3)
         self.avgpool = nn.AvgPool2d(2)
         self.layer1 = make_stage(width, width, layers[0])
         self.layer2 = make_stage(4 * width, 2 * width, layers[1], stride=2)
@@ -264,19 +235,16 @@ class ModifiedResNet(nn.Module):
 
 def make_stage(inplanes, planes, blocks, stride=1):
     """A ResNet stage; only its first block strides and changes the number of channels."""
-    rest = (Bottleneck(Bottleneck.expansion * planes, planes) for _ in range(blocks - 1))
+    rest = (Bottleneck(4 * planes, planes) for _ in range(blocks - 1))
     return nn.Sequential(Bottleneck(inplanes, planes, stride), *rest)
-
-
-# ---- CLIP --------------------------------------------------------------------------------------
 
 
 class CLIP(nn.Module):
     """Both encoders.
 
     vision_layers: a number of blocks makes a VisionTransformer, four numbers a ModifiedResNet
-    (then `vision_patch_size` is None). activation: "quick_gelu" or "gelu", for the transformers of
-    both encoders. vision_heads: None for one head per 64 channels.
+    (then `vision_patch_size` is None). Heads: None for one per 64 channels. activation:
+    "quick_gelu" or "gelu". ValueError: another one, or heads that do not divide a width.
     """
 
     def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
@@ -285,26 +253,22 @@ class CLIP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r}: expected one of {list(ACTIVATIONS)}")
+        self.activation = activation
         self.context_length = context_length
         self.vocab_size = vocab_size
-        if isinstance(vision_layers, int):
-            self.visual = VisionTransformer(
-                image_resolution, vision_patch_size, vision_width, vision_layers,
-                vision_heads or default_heads(vision_width), embed_dim, activation)
-        else:
-            self.visual = ModifiedResNet(
-                vision_layers, embed_dim, vision_heads or default_heads(32 * vision_width),
-                image_resolution, vision_width)
+        self.visual = VisionTransformer(
+            image_resolution, vision_patch_size, vision_width, vision_layers, vision_heads,
+            embed_dim, activation
+        ) if isinstance(vision_layers, int) else ModifiedResNet(
+            vision_layers, embed_dim, vision_heads, image_resolution, vision_width)
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads,
                                        causal=True, activation=activation)
         self.token_embedding = nn.Embedding.from_pretrained(
-            normal_(torch.empty(vocab_size, transformer_width), 0.02), freeze=False)
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+            normal(0.02, vocab_size, transformer_width), freeze=False)
+        self.positional_embedding = normal(0.01, context_length, transformer_width)
         self.ln_final = LayerNorm(transformer_width)
-        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.text_projection = normal(transformer_width ** -0.5, transformer_width, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        normal_(self.positional_embedding, 0.01)
-        normal_(self.text_projection, transformer_width ** -0.5)
 
     @property
     def dtype(self):
@@ -319,30 +283,20 @@ class CLIP(nn.Module):
         """Token ids, B x n -> features, B x D, not normalised, taken at each row's end token.
 
         Attention is causal, so what follows the end token changes nothing: n may be anything up to
-        `context_length` that holds it. ValueError where n is larger.
+        `context_length` that holds it.
         """
-        n = text.shape[1]
-        if n > self.context_length:
-            raise ValueError(f"{n} tokens per text; this CLIP reads at most {self.context_length}")
         x = self.token_embedding(text).to(self.dtype)                # B x n x width
-        x = x + self.positional_embedding[:n].to(self.dtype)
+        x = x + self.positional_embedding[:text.shape[1]].to(self.dtype)
         x = self.ln_final(self.transformer(x))
         end = text.argmax(dim=-1)            # the end token has the largest id of the vocabulary
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
     def forward(self, image, text):
-        """Images B x 3 x R x R and tokens T x n -> cosine similarities times exp(logit_scale):
-        logits_per_image, B x T, and its transpose, logits_per_text.
-        """
+        """B x 3 x R x R, T x n -> cosines times exp(logit_scale), B x T, and their transpose."""
         image_features = F.normalize(self.encode_image(image), dim=-1)
         text_features = F.normalize(self.encode_text(text), dim=-1)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.t()
         return logits_per_image, logits_per_image.t()
-
-
-def default_heads(width):
-    """One attention head per 64 channels, in every CLIP of OpenAI's."""
-    return max(1, width // 64)
 
 
 def convert_weights(model):
@@ -356,62 +310,48 @@ def convert_weights(model):
             parameter.data = parameter.data.half()
 
 
-# ---- From a state dict -------------------------------------------------------------------------
-
 # Channels per head of open_clip's image encoders, by width and number of blocks. In OpenAI's own,
 # 768 or 1024 wide, in the ResNets, and in the text encoders of all of them, a head has 64.
 HEAD_CHANNELS = {(384, 12): 64, (512, 12): 64, (896, 12): 64, (1280, 32): 80, (1408, 40): 88,
                  (1664, 48): 104, (1792, 56): 112}
+NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
 
 
 def build_model(state_dict, vision_heads=None, text_heads=None, activation="quick_gelu",
                 guess_heads=True):
     """A CLIP in float32 and eval mode, its sizes read off the shapes in `state_dict`.
 
-    state_dict: names -> tensors, laid out as by OpenAI's or open_clip's models of OpenAI's
-    architectures; a `module.` before every name is ignored. It is copied, not kept.
+    state_dict: names -> tensors as in OpenAI's package; copied, not kept.
     vision_heads, text_heads: attention heads, which no shape tells. Default: the 0-dim tensors
     `vision_heads` and `text_heads` of the state dict where it has them, else those of the known
     model of these sizes, else one per 64 channels; the last, for the image encoder, only with
-    guess_heads.
-    activation: "quick_gelu" (OpenAI's weights) or "gelu"; a state dict does not say which.
-
-    ValueError: names are missing, left over or of the wrong shape, heads do not divide a width, or
-    nothing tells them.
+    guess_heads. activation: "quick_gelu" (OpenAI's weights) or "gelu".
+    ValueError: names are missing, left over or of the wrong shape, numbers are not finite, heads do
+    not divide a width, or nothing tells them.
     """
-    state = clean_state_dict(state_dict)
-    stored_vision, stored_text = (int(state.pop(name, torch.tensor(0)).long().sum())
-                                  for name in ("vision_heads", "text_heads"))
+    state = {name: value.detach().clone() for name, value in state_dict.items()
+             if name.rpartition(".")[2] not in NOT_WEIGHTS}
+    stored = [int(state.pop(name, 0)) for name in ("vision_heads", "text_heads")]
     sizes = infer_sizes(state)
     width, layers = sizes["vision_width"], sizes["vision_layers"]
-    vision_heads = vision_heads or stored_vision or known_heads(width, layers)
-    if not vision_heads and not guess_heads:
-        raise ValueError(f"an image encoder of {width} channels and {layers} blocks is none of "
-                         "OpenAI's or open_clip's, and no shape tells its attention heads: give "
-                         "their number with --heads (heads=N in clip.load)")
-    sizes |= dict(vision_heads=vision_heads, transformer_heads=text_heads or stored_text
-                  or default_heads(sizes["transformer_width"]))
+    vision_heads = vision_heads or stored[0]
+    if not vision_heads and isinstance(layers, int) and width not in (768, 1024):
+        if (width, layers) in HEAD_CHANNELS:
+            vision_heads = width // HEAD_CHANNELS[width, layers]
+        elif not guess_heads:
+            raise ValueError(f"nothing tells the attention heads of its image encoder, {width} "
+                             f"channels and {layers} blocks: give their number (--heads N)")
     with torch.device("meta"):               # no memory and no random numbers for nothing
-        model = CLIP(**sizes, activation=activation)
-    check_state_dict(state, model.state_dict())
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def clean_state_dict(state_dict):
-    """A float32 copy without `module.` prefixes and without entries that are not weights."""
-    not_weights = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids"}
-    return {name.removeprefix("module."):
-            value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value
-            for name, value in state_dict.items() if name.rpartition(".")[2] not in not_weights}
-
-
-def known_heads(width, layers):
-    """The heads of a known image encoder of these sizes (a list of layers: a ResNet), or None."""
-    if isinstance(layers, list):
-        return default_heads(32 * width)
-    channels = 64 if width in (768, 1024) else HEAD_CHANNELS.get((width, layers))
-    return channels and width // channels
+        model = CLIP(**sizes, vision_heads=vision_heads, activation=activation,
+                     transformer_heads=text_heads or stored[1])
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{' '.join(str(error).split()):.300}") from None
+    return model.float().eval()
 
 
 def infer_sizes(state):
@@ -431,38 +371,17 @@ def infer_sizes(state):
             embed_dim=shapes["text_projection"][1],
             image_resolution=math.isqrt(positions - 1) * (patch or 32),
             vision_layers=layers, vision_width=width, vision_patch_size=patch,
-            context_length=context_length,
-            vocab_size=shapes["token_embedding.weight"][0],
+            context_length=context_length, vocab_size=shapes["token_embedding.weight"][0],
             transformer_width=transformer_width,
             transformer_layers=count_blocks(shapes, "transformer.resblocks."))
     except (KeyError, IndexError, ValueError) as error:
-        some = ", ".join(list(shapes)[:3]) or "nothing"
-        raise ValueError(
-            f"not a CLIP state dict: cannot read {error} from it; expected the names of OpenAI's "
-            f"CLIP (visual.conv1.weight, token_embedding.weight, ...), found {some}") from None
+        raise ValueError(f"not a CLIP of OpenAI's names: cannot read {error}; it has "
+                         + (", ".join([*shapes][:3]) or "nothing")) from None
 
 
 def count_blocks(names, prefix):
     """How many different words follow the prefix in the names; KeyError where none does."""
     blocks = {name[len(prefix):].partition(".")[0] for name in names if name.startswith(prefix)}
     if not blocks:
-        raise KeyError(f"{prefix}0")
+        raise KeyError(prefix)
     return len(blocks)
-
-
-def check_state_dict(state, expected):
-    """ValueError naming the first few entries of `state` that do not fit `expected`."""
-    missing = [name for name in expected
-               if name not in state and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in state if name not in expected]
-    misshapen = [f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
-                 for name, value in expected.items()
-                 if name in state and state[name].shape != value.shape]
-    not_finite = [name for name, value in state.items() if not value.isfinite().all()]
-    faults = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-              for kind, names in [("missing", missing), ("left over", unknown),
-                                  ("of another shape", misshapen),
-                                  ("with numbers that are not finite", not_finite)] if names]
-    if faults:
-        raise ValueError("not a CLIP state dict: " + ", ".join(faults) + "; expected the "
-                         f"{len(expected)} entries of a CLIP of OpenAI's architecture")

@@ -1,7 +1,7 @@
 """The demo's pictures: ten things, each a shape with a habitual texture and habitual colours.
 
 An outline alone teaches a small CLIP nothing local; texture and colour do. A picture is drawn from
-its seed alone: `draw_shapes([draw_seed(0, "web", 7)], **WEB)` is the same on every machine.
+its seed alone: `draw_shapes([draw_seed(0, "demo", 7)], **TARGET)` is the same on every machine.
 """
 
 import hashlib
@@ -54,20 +54,14 @@ TEXTURES = {  # share of the mark's colour, 0 to 1; u, v and size in pixels, abo
     "noise": lambda u, v, size, noise: F.avg_pool2d(noise[:, None], 3, 1, 1)[:, 0] > 0.52,
 }
 
-# Two distributions: the pictures of the "web" that the tiny CLIP learns from carry the habits from
-# which its biases come (a preferred centre, companions, frequent classes, typical backgrounds);
-# the target data to be segmented has none of them, and is seen from nearer: all is a third larger.
-WEB = dict(side=48, radius=(7, 18), grain=(0.85, 1.2), objects=3, colour_habit=0.75,
-           texture_habit=0.95, centred=0.6, companion=0.4, skewed=True, background_habit=0.5)
+# The data to be segmented has none of the habits from which CLIP's biases come (a preferred centre,
+# companions, frequent classes, typical backgrounds); tests/pretrain.py draws a "web" that has them.
 TARGET = dict(side=96, radius=(10, 24), grain=(1.1, 1.5), objects=4, colour_habit=0.9,
               texture_habit=0.95, centred=0.0, companion=0.0, skewed=False, background_habit=0.0)
 
 
 def draw_seed(*parts):
-    """A seed of 63 bits, the same on every machine and in every process, from ints and strings.
-
-    Everything random about an image comes from draw_seed(seed, epoch, id, what it is for).
-    """
+    """A seed of 63 bits, the same everywhere, from (seed, epoch, image's id, what it is for)."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -76,8 +70,8 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
                 companion, skewed, background_habit):
     """Draw one image per seed; an image depends on its own seed alone, not on its neighbours.
 
-    seeds: list of B ints; the other arguments as in WEB and TARGET (side and radius in pixels,
-    grain the size of the textures, the habits as probabilities).
+    seeds: list of B ints; the other arguments as in TARGET (side and radius in pixels, grain the
+    size of the textures, the habits as probabilities).
     Returns images (uint8 B×3×side×side), labels (int64 B×side×side, 255 = background) and, for
     captions, classes (B×objects, -1 = no object), colours (B×objects) and background colours (B).
     """
@@ -151,20 +145,19 @@ def draw_shapes(seeds, side, radius, grain, objects, colour_habit, texture_habit
         scale = uniform(*grain)[:, None, None]
         m = by_kind(TEXTURES, textures[:, j], u / scale, v / scale, size, noise)[:, None]
         body = rgb[colours[:, j]]
-        light = body.mean(1, keepdim=True) > 0.5
-        mark = torch.where(light, 0.25 * body, 0.3 * body + 0.7)
+        mark = torch.where(body.mean(1, keepdim=True) > 0.5, 0.25 * body, 0.3 * body + 0.7)
         paint = body[:, :, None, None] * (1 - m) + mark[:, :, None, None] * m
         shade = 1 + 0.24 * (uniform() - 0.5)[:, None, None, None]
         images = torch.where(inside[:, None], paint * shade, images)
         labels = torch.where(inside, classes[:, j, None, None], labels)
     images = images + 0.08 * (noise[:, None] - 0.5)
-    return ((images.clamp(0, 1) * 255).round().to(torch.uint8), labels, classes, colours, behind)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, classes, colours, behind
 
 
 def by_kind(functions, which, *arguments):
     """Float n×side×side: for each picture the outcome of function number `which` (int64 n)."""
     result = torch.zeros(arguments[0].shape)
     for i, function in enumerate(functions.values()):
-        rows = (which == i).nonzero()[:, 0]
+        rows = which == i
         result[rows] = function(*(a[rows] for a in arguments)).float()
     return result

@@ -7,34 +7,43 @@ Wang and Kang, "Learn to Rectify the Bias of CLIP for Unsupervised Semantic Segm
 2024, and its extension ReCLIP++, 2024; sections and equations below are those of ReCLIP++.
 
 The method comes first, III-A to III-D, then its recipe, one training step and the loop, and
-inference; opening files and the command follow. What keeps a run alive is in run.py.
+inference. What keeps a run alive, checkpoints and the command follow.
 
 Shapes: B images, C classes, D joint channels of CLIP, h×w patches, H×W pixels, L prompt length.
 Maps are channels-first (Z: B×D×h×w; logits: B×C×h×w), text features are rows (Wq, Wr: C×D).
 """
 
 import argparse
+import contextlib
 import copy
+import datetime
+import functools
+import itertools
+import json
 import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import clip
-from clip.model import merge_heads
+from clip.model import MLP, merge_heads
 from clip.weights import read_weights
-from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES,
-                  TrainingViews, check_dataset, download, draw_seed, evenly, name_counts, names_of,
-                  normalise, open_dataset, parse_classes, resize_to_scale)
-from files import (Parser, Progress, UserError, clean_exit, cores_each, count, make_folder, natural,
-                   path as user_path, positive, read_ahead, seed as seed_number, share)
-from run import (Batches, Run, as_checkpoint, ask_once, barrier, clip_fingerprint, folder_lock,
-                 image_encoder, leave_processes, load_checkpoint, load_clip, make_views,
-                 network_facts, parallel, passed_on, pick_device, plain, rank, to_device, use_amp,
-                 usual_surgery, views_on, world)
+from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, Parser,
+                  Progress, TrainingViews, UserError, ask_once, barrier, cached_views,
+                  check_dataset, clean_exit, count, download, draw_seed, evenly, fingerprint,
+                  gather, make_folder, name_counts, names_of, natural, normalise, open_dataset,
+                  parse_classes, photometric_distortion, positive, rank, read_ahead,
+                  resize_to_scale, seed_number, share, user_path, world, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -93,24 +102,13 @@ def dense_features(visual, images, surgery="program", sigma=5.0):
     images: B×3×H×W, normalised. Returns B×D×h×w; `F.normalize(…, dim=1)` of it is Z.
     """
     x, grid = tokens_before_last_block(visual, images)
-    features = last_block(visual, x, grid, surgery, sigma) @ visual.proj
-    return features.mT.unflatten(2, grid)
-
-
-def last_block(visual, x, grid, surgery="program", sigma=5.0):
-    """The last block with its attention changed: B×(1+h·w)×width → B×h·w×width, after ln_post.
-
-    x: all tokens, the class token first, which the others may attend to and which is then dropped.
-    grid: (h, w); surgery, sigma: as in `dense_features`.
-    """
-    block, patches = visual.transformer.resblocks[-1], x[:, 1:]
-    attn, width, alike = block.attn, x.shape[-1], SURGERIES[surgery]["alike"]
-    if alike:
+    block, patches, width = visual.transformer.resblocks[-1], x[:, 1:], x.shape[-1]
+    attn, alike = block.attn, SURGERIES[surgery]["alike"]
+    if alike:  # the class token may be attended to, and is then dropped
         q, k, v = attn.project(norm(block.ln_1, x))
         near = neighbourhood(*grid, sigma, q) if surgery == "naclip" else None
-        y = sum(F.scaled_dot_product_attention(a[:, :, 1:], a, v, attn_mask=near)
-                for a in (dict(q=q, k=k)[name] for name in alike))
-        y = merge_heads(y)
+        y = merge_heads(sum(F.scaled_dot_product_attention(a[:, :, 1:], a, v, attn_mask=near)
+                            for a in (dict(q=q, k=k)[name] for name in alike)))
     else:
         weight, bias = attn.in_proj_weight[2 * width:], attn.in_proj_bias[2 * width:]
         y = F.linear(norm(block.ln_1, patches), weight, bias)
@@ -118,37 +116,15 @@ def last_block(visual, x, grid, surgery="program", sigma=5.0):
     if SURGERIES[surgery]["rest"]:
         y = y + patches
         y = y + block.mlp(norm(block.ln_2, y))
-    return visual.ln_post(y)
+    return (visual.ln_post(y) @ visual.proj).mT.unflatten(2, grid)
 
 
 def neighbourhood(h, w, sigma, like):
-    """NACLIP's addition to the logits of attention: exp(-‖i-j‖²/2σ²) of patches i and j.
-
-    Returns h·w×(1+h·w), of the type and on the device of `like`; 0 for the class token.
+    """NACLIP's addition to the logits of attention, exp(-‖i-j‖²/2σ²) of patches i and j:
+    h·w×(1+h·w), of the type and on the device of `like`; 0 for the class token.
     """
-    rows, columns = (torch.arange(side, device=like.device).float() for side in (h, w))
-    of_rows, of_columns = (torch.exp(-(i[:, None] - i) ** 2 / (2 * sigma**2))
-                           for i in (rows, columns))
-    return F.pad(torch.kron(of_rows, of_columns), (1, 0)).to(like.dtype)
-
-
-def global_feature(visual, images):
-    """CLIP's feature of the whole image, at any image size: B×3×H×W, normalised → B×D, unit length.
-
-    At the resolution CLIP was trained on, and but for epsilon, this is its own `encode_image`.
-    """
-    x, _ = tokens_before_last_block(visual, images)
-    return F.normalize(class_feature(visual, x).float(), dim=-1)
-
-
-def class_feature(visual, x):
-    """The last block and what follows it for the class token alone: tokens B×n×width → B×D."""
-    block = visual.transformer.resblocks[-1]
-    q, k, v = block.attn.project(block.ln_1(x))
-    mixed = merge_heads(F.scaled_dot_product_attention(q[:, :, :1], k, v))[:, 0]
-    x = x[:, 0] + block.attn.out_proj(mixed)
-    x = x + block.mlp(block.ln_2(x))
-    return visual.ln_post(x) @ visual.proj
+    place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).to(like.device).float()
+    return F.pad(torch.exp(-torch.cdist(place, place) ** 2 / (2 * sigma**2)), (1, 0)).to(like.dtype)
 
 
 @torch.no_grad()
@@ -161,16 +137,13 @@ def query_features(model, classes, templates=TEMPLATES, batch=512):
     names = [name for one in classes for name in names_of(one)]
     tokens = clip.tokenize([t.format(name) for name in names for t in templates], truncate=True)
     # Attention is causal: what follows the end token changes nothing and need not be computed.
-    length, order = tokens.argmax(1), tokens.argmax(1).argsort()
-    features = torch.empty(len(tokens), model.text_projection.shape[1])
-    progress = Progress("query", len(tokens))
-    for rows in order.split(batch):
-        part = tokens[rows, : int(length[rows].max()) + 1].to(model.text_projection.device)
-        features[rows] = F.normalize(model.encode_text(part).float(), dim=-1).cpu()
-        progress.advance(len(rows))
+    tokens = tokens[:, : int(tokens.argmax(1).max()) + 1].to(model.text_projection.device)
+    progress, features = Progress("query", len(tokens)), []
+    for part in tokens.split(batch):
+        features.append(F.normalize(model.encode_text(part).float(), dim=-1))
+        progress.advance(len(part))
     progress.close()
-    Wq = F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)
-    return Wq.to(model.text_projection.device)
+    return F.normalize(torch.cat(features).unflatten(0, (len(names), -1)).mean(1), dim=-1)
 
 
 def classify(Z, W):
@@ -203,28 +176,24 @@ class Reference(nn.Module):
         super().__init__()
         self.names = name_counts(classes)
         words = [name for one in classes for name in names_of(one)]
-        names = [clip.tokenize(name, 512, truncate=True)[0] for name in words]
-        lengths = [int(name.argmax()) - 1 for name in names]
-        context = len(model.positional_embedding)
-        L = min(context - 4, context - 2 - max(lengths))
+        tokens = [clip.tokenize(name, 512, truncate=True)[0].tolist() for name in words]
+        self.endings = tuple(tuple(ids[1 : ids.index(max(ids)) + 1]) for ids in tokens)
+        longest, context = max(map(len, self.endings)), len(model.positional_embedding)
+        L = min(context - 4, context - 1 - longest)
         if L < 1:
-            longest = words[lengths.index(max(lengths))]
-            raise UserError(f"class name {longest[:40]!r}… has {max(lengths)} tokens and leaves no "
+            name = max(zip(map(len, self.endings), words))[1]
+            raise UserError(f"class name {name[:40]!r}… has {longest - 1} tokens and leaves no "
                             f"room for a prompt; at most {context - 3} tokens fit")
-        self.register_buffer("suffix", torch.stack([n[1 : max(lengths) + 2] for n in names]).long())
-        start = model.token_embedding.weight[names[0][0]].detach().float()
-        self.register_buffer("start", start.clone()[None])
         # Every word starts as the embedding of token 0, as in the authors' program.
         first = [0] * L if text is None else [i for i in clip.tokenize(text)[0].tolist() if i][1:-1]
-        self.prompt = nn.Parameter(model.token_embedding.weight[first].detach().float())
-        self.layout = None
+        table = model.token_embedding.weight.detach()
+        self.register_buffer("start", table[tokens[0][:1]].float())
+        self.prompt = nn.Parameter(table[first].float())
 
     def encode(self, model):
         """The text features of [start] prompt name [end], one row a name, not normalised."""
         prefix = torch.cat([self.start, self.prompt])
-        if self.layout is None or self.layout[0].device != prefix.device:
-            self.layout = shared_layout(len(prefix), self.suffix)
-        return encode_shared_prefix(model, prefix, self.suffix, self.layout).float()
+        return encode_shared_prefix(model, prefix, self.endings).float()
 
     def forward(self, model):
         Wr = self.encode(model)
@@ -233,76 +202,51 @@ class Reference(nn.Module):
         return Wr / Wr.norm()
 
 
-def encode_shared_prefix(model, prefix, suffix, layout=None):
+def encode_shared_prefix(model, prefix, endings):
     """CLIP's text features of C texts that begin alike, exactly, for little more than one's price.
 
     Attention is causal, so the positions of a common beginning are the same for every text. One
     sequence does for all: the beginning once, then the endings one after another, each token with
-    the position it has in its own text, and looking back at the beginning and at its own ending
-    alone, in groups of endings that do not meet: the cost is linear in C. Equal to the full
-    encoding up to rounding, in value and gradient.
-
+    the position it has in its own text, and looking back at the beginning and its own ending alone.
     model: a CLIP; prefix: P×width, embeddings of the common beginning, start token included;
-    suffix: int64 C×S, token ids of the endings, P+S within the context length; each text is read
-    out at the largest id of its ending, which is the end token; layout: `shared_layout(P, suffix)`,
-    if it is known from before. Returns C×D, not normalised.
+    endings: a tuple of C tuples of token ids, the end token last. Returns C×D, not normalised.
     """
-    tokens, place, seen, ends = layout or shared_layout(len(prefix), suffix)
-    P, sizes = len(prefix), [len(rows) for rows in seen]
+    tokens, place, seen, ends = shared_layout(len(prefix), endings, prefix.device)
     x = torch.cat([prefix, model.token_embedding(tokens)]) + model.positional_embedding[place]
     for block in model.transformer.resblocks:
-        q, k, v = (part.split(sizes, 2) for part in block.attn.project(block.ln_1(x)[None]))
+        q, k, v = block.attn.project(block.ln_1(x)[None])
         if block is model.transformer.resblocks[-1]:  # only its outputs at the end tokens matter
-            q = [part[:, :, rows] for part, rows in zip(q, ends)]
-            x = torch.cat([part[rows] for part, rows in zip(x.split(sizes), ends)])
-            seen = [part[rows] for part, rows in zip(seen, ends)]
-        groups = zip(q, after_beginning(k, P, 2), after_beginning(v, P, 2), seen)
-        mixed = torch.cat([F.scaled_dot_product_attention(*group) for group in groups], 2)
+            q, x, seen = q[:, :, ends], x[ends], seen[ends]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + block.attn.out_proj(merge_heads(mixed)[0])
         x = x + block.mlp(block.ln_2(x))
     return model.ln_final(x) @ model.text_projection
 
 
-def shared_layout(P, suffix, group=256):
-    """How `encode_shared_prefix` lays out texts of P common tokens and the endings `suffix`, C×S.
-
-    Returns, for the N tokens of all endings one after another: their ids, N; the position in its
-    own text of each of the P+N tokens; and for each group of endings bool n×m, which of its n
-    tokens (those of the beginning included in the first) looks at which of the beginning's and its
-    own, and which of the n are end tokens. group: at most so many tokens and one ending make one.
-    Counting waits for a GPU, so a training loop does it once.
+@functools.lru_cache(8)
+def shared_layout(P, endings, device):
+    """Of P common tokens and the N of all endings: the endings' ids, N; every token's position in
+    its own text, P+N; bool (P+N)×(P+N), which token looks at which; where the C end tokens are.
     """
-    used = torch.arange(suffix.shape[1], device=suffix.device) <= suffix.argmax(1, keepdim=True)
-    text, place = used.nonzero().T  # what follows an end token is left out
-    tokens, last = suffix[text, place], place == suffix.argmax(1)[text]
-    before = used.sum(1).cumsum(0) - used.sum(1)
-    first, *others = (before // group)[text].bincount().tolist()
-    sizes = [P + first, *others]
-    text = torch.cat([text.new_full((P,), -1), text])
-    place = torch.cat([torch.arange(P, device=suffix.device), P + place])
-    last = torch.cat([last.new_zeros(P), last])
-    texts, places = text.split(sizes), place.split(sizes)
-    seen = [((a[:, None] == b) | (b == -1)) & (i[:, None] >= j)
-            for a, b, i, j in zip(texts, after_beginning(texts, P, 0),
-                                  places, after_beginning(places, P, 0))]
-    return tokens, place, seen, [part.nonzero()[:, 0] for part in last.split(sizes)]
-
-
-def after_beginning(groups, P, dim):
-    """Each group of tokens after the P of the beginning, which the first group begins with."""
-    first, *others = groups
-    return [first] + [torch.cat([first.narrow(dim, 0, P), group], dim) for group in others]
+    tokens = torch.tensor([i for ids in endings for i in ids], device=device)
+    place = torch.tensor([*range(P), *(P + i for ids in endings for i in range(len(ids)))],
+                         device=device)
+    text = torch.tensor([-1] * P + [c for c, ids in enumerate(endings) for _ in ids], device=device)
+    seen = ((text[:, None] == text) | (text == -1)) & (place[:, None] >= place)
+    ends = torch.tensor([len(ids) for ids in endings], device=device).cumsum(0) + P - 1
+    return tokens, place, seen, ends
 
 
 class PositionLogits(nn.Sequential):
     """Space-preference bias of ReCLIP: three 3×3 convolutions of the positional embedding.
 
-    forward(p): 1×width×h×w → Mp, 1×C×h×w. (The CVPR paper's text has one channel for all classes;
-    that would change no argmax. The authors' program, and so ours, has one for each.)
+    forward(p): 1×width×h×w → Mp, 1×C×h×w; the hidden widths are 2/3 and 1/3 of the encoder's, 512
+    and 256 for ViT-B. (The CVPR paper's text has one channel for all classes; that would change no
+    argmax. The authors' program, and so ours, has one for each.)
     """
 
-    def __init__(self, width, C, hidden=(512, 256)):
-        widths = [width, *hidden, C]
+    def __init__(self, width, C, hidden=None):
+        widths = [width, *(hidden or (2 * width // 3, width // 3)), C]
         layers = []
         for a, b in zip(widths, widths[1:]):
             conv = nn.Conv2d(a, b, 3, padding=1)
@@ -345,17 +289,15 @@ class Rectifier(nn.Module):
     model: a CLIP with a ViT image encoder; classes: C names; Wq: C×D (a row for each name).
     bias: how Mb is extracted: "independent" (ReCLIP++), "joint" (ReCLIP), "reference" (ReCLIP
     without its positional part) or "none". decoder: whether M passes through one.
-    Ablations: sign +1 adds the bias (Table V) instead of subtracting it (Eq. 3); wr_norm "class"
-    divides each row of Wr by its own norm; learn_query learns the Query's prompt too (Table IV);
-    visual: None, or an image encoder to fine-tune (Table VI).
+    Ablations: sign +1 adds the bias (Table V) instead of subtracting it (Eq. 3); learn_query learns
+    the Query's prompt too (Table IV); visual: None, or an image encoder to fine-tune (Table VI).
     """
 
     def __init__(self, model, classes, Wq, bias="independent", decoder=True, sign=-1,
-                 wr_norm="matrix", learn_query=False, visual=None):
+                 learn_query=False, visual=None):
         super().__init__()
         C, D, width = len(classes), Wq.shape[1], model.visual.proj.shape[0]
-        self.kind, self.sign, self.wr_norm = bias, sign, wr_norm
-        self.names = name_counts(classes)
+        self.kind, self.sign, self.names = bias, sign, name_counts(classes)
         if len(Wq) != sum(self.names):
             raise ValueError(f"{len(Wq)} rows of Wq for {sum(self.names)} names")
         self.register_buffer("Wq", Wq.clone())
@@ -392,20 +334,13 @@ class Rectifier(nn.Module):
             M = Mq + self.sign * self.bias(Z, p, Wr)
         return Mq, self.decoder(Z, M) if hasattr(self, "decoder") else M
 
-    def Wr(self, model):
-        """The Reference features, C×D, or None without a bias."""
-        if self.kind == "none":
-            return None
-        Wr = self.reference(model)
-        return F.normalize(Wr, dim=1) if self.wr_norm == "class" else Wr
-
     def texts(self, model):
-        """Wq and Wr as they are now, both with a gradient where they are learned."""
+        """Wq and Wr (None without a bias) as they are now, with gradients where they are learned."""
         Wq = self.Wq
         if self.query is not None:
             Wq = F.normalize(self.query.encode(model), dim=1)
             self.Wq = Wq.detach()
-        return Wq, self.Wr(model)
+        return Wq, None if self.kind == "none" else self.reference(model)
 
 
 def gumbel_masks(logits, temperature, noise=0.0):
@@ -443,11 +378,6 @@ def masked_pooling(masks, features):
     Z gives the similarities Z_g·Wqᵀ at C/D of the cost (where each class has one name).
     """
     return torch.einsum("bchw,bkhw->bck", masks, features) / masks[0, 0].numel()
-
-
-def cosine_pooling(masks, Z, Wq):
-    """An ablation: similarities B×C×C of pooled features of unit length, as in the papers' text."""
-    return F.normalize(masked_pooling(masks, Z), dim=2) @ Wq.T
 
 
 def contrastive_loss(similarities, hypothesis, tau=0.01):
@@ -499,12 +429,13 @@ def clip_view(images, side):
     return TF.center_crop(images, [side, side])
 
 
-def encode_crops(visual, images):
-    """CLIP's own image feature, up to rounding: B×3×R×R, normalised → B×D; R its resolution."""
-    x = visual.conv1(images).flatten(2).mT
-    first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-    x = torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype)
-    return class_feature(visual, visual.transformer.resblocks[:-1](visual.ln_pre(x)))
+def clip_features(model, views, amp=False, batch=512):
+    """CLIP's own features of B views of its size, uint8 B×3×R×R → float32 B×D, of any length."""
+    if views.device.type == "cpu":  # there a batch that stays in its cache
+        batch = max(1, 2000 // len(model.visual.positional_embedding))
+    with torch.autocast(views.device.type, torch.bfloat16, enabled=amp):
+        return torch.cat([model.encode_image(normalise(part, CLIP_MEAN, CLIP_STD)).float()
+                          for part in views.split(batch)])
 
 
 def crop_votes(model, images, Wq, r, amp=False, names=None):
@@ -514,14 +445,8 @@ def crop_votes(model, images, Wq, r, amp=False, names=None):
     the image's; amp: encode in bf16; names: as in `best_name`. Returns int64 len(images)×C.
     """
     crops = torch.cat([cut_crops(image, r, model.visual.input_resolution) for image in images])
-    tokens = len(model.visual.positional_embedding)  # on a CPU a batch that stays in its cache
-    batch = max(1, 2000 // tokens) if crops.device.type == "cpu" else 512
-    with torch.autocast(crops.device.type, torch.bfloat16, enabled=amp):
-        features = torch.cat([encode_crops(model.visual, normalise(part, CLIP_MEAN, CLIP_STD))
-                              for part in crops.split(batch)])
-    # Compared in float32: in bf16 close classes would be equal. argmax needs no unit length: it is
-    # the same for every class.
-    scores = best_name(features.float() @ Wq.T, names or [1] * len(Wq))
+    # argmax needs no unit length: it is the same for every class
+    scores = best_name(clip_features(model, crops, amp) @ Wq.T, names or [1] * len(Wq))
     winner = scores.argmax(1).unflatten(0, (len(images), -1))
     return F.one_hot(winner, scores.shape[1]).sum(1)
 
@@ -531,28 +456,60 @@ def crop_hypothesis(counts, t):
     return counts / counts.sum(1, keepdim=True) > t
 
 
-def global_scores(model, image, Wq, scale=None, amp=False):
-    """100·cosine of an image to each class (ReCLIP): uint8 3×H×W → C.
+def global_scores(model, images, Wq, amp=False, names=None):
+    """100·cosine of images, as CLIP sees them (their centre), to each class (ReCLIP).
 
-    scale: None for the image as CLIP sees it, its centre, to which the published thresholds
-    belong; or, as in `recipe`, the size at which the whole image is encoded. amp: in bf16.
+    Arguments as of `crop_votes`. Returns float32 len(images)×C.
     """
-    whole, side = scale is not None, model.visual.input_resolution
-    view = resize_to_scale(image, scale) if whole else clip_view(image, side)
-    view = normalise(view[None].to(Wq.device), CLIP_MEAN, CLIP_STD)
-    with torch.autocast(view.device.type, torch.bfloat16, enabled=amp):
-        feature = (global_feature if whole else encode_crops)(model.visual, view)
-    return 100 * (F.normalize(feature.float(), dim=-1) @ Wq.T)[0]
+    views = torch.stack([clip_view(image, model.visual.input_resolution) for image in images])
+    features = F.normalize(clip_features(model, views, amp), dim=-1)
+    return best_name(100 * (features @ Wq.T), names or [1] * len(Wq))
 
 
 def global_hypothesis(scores, threshold, top):
-    """ReCLIP: classes whose 100·cosine to the whole image reaches a threshold, else the best `top`.
+    """ReCLIP: classes whose 100·cosine to the image reaches a threshold, else the best `top`.
 
     scores: B×C → bool B×C.
     """
     chosen = scores >= threshold
     best = scores >= scores.topk(min(top, scores.shape[1]), 1).values[:, -1:]
     return torch.where(chosen.any(1, keepdim=True), chosen, best)
+
+
+@torch.no_grad()
+def make_hypotheses(data, model, Wq, s, folder, device):
+    """The hypotheses of the images of `data`, as a function: indices of B images → bool B×C.
+
+    What they are decided from (how many crops each class won, or 100·cosine to each class) is kept
+    in `folder`, so thresholds can be changed without encoding again. s: settings hypothesis,
+    crop_ratio, threshold, top, activation, heads, amp, workers.
+    """
+    crops, names = s.hypothesis == "crops", name_counts(data.classes)
+    if s.learn_query:  # hypotheses are the fixed Query's
+        Wq = query_features(model, data.classes)
+    facts = dict(hypothesis=s.hypothesis, data=data.name, images=data.fingerprint,
+                 classes=data.classes, clip=clip_fingerprint(model), activation=s.activation,
+                 heads=s.heads, r=s.crop_ratio if crops else None)
+    # Blocks are the same for any number of processes, and so is the rounding in a batch.
+    size = max(1, 256 // len(crop_windows(64, 64, s.crop_ratio))) if crops else 1
+    blocks = [rows.tolist() for rows in torch.arange(len(data)).split(size)]
+
+    def ask(images):
+        images = [to_device(image, device) for image in images]
+        return dict(scores=crop_votes(model, images, Wq, s.crop_ratio, s.amp, names) if crops else
+                    global_scores(model, images, Wq, s.amp, names))
+
+    fields = dict(scores=(np.int16 if crops else np.float32, (len(names),)))
+    records = ask_once(folder, "hypotheses", facts, fields, blocks,
+                       lambda block: [data.image(i) for i in block], ask, s.workers)
+
+    def hypothesis(indices):
+        rows = records.rows(torch.as_tensor(indices).tolist())
+        scores = torch.from_numpy(rows["scores"].astype(np.float64))
+        return (crop_hypothesis(scores, s.threshold) if crops else
+                global_hypothesis(scores, s.threshold, s.top))
+
+    return hypothesis
 
 
 # ------------------------------------------------------------------------------------------------
@@ -563,7 +520,7 @@ ALWAYS = dict(
     tau=0.01, momentum=0.9, weight_decay=5e-4, power=0.9,  # loss and SGD
     crop_ratio=1 / 6,  # r
     views=0,  # fresh augmentation in every epoch
-    wr_norm="matrix", pooling="area", learn_query=False, tune_encoder=False,  # ablations
+    learn_query=False, tune_encoder=False,  # ablations
 )
 RELEASE = {  # the authors' settings of July 2025; training stops after `epochs` of the schedule
     #             scale       crop  schedule  epochs  batch  lr    PD
@@ -602,13 +559,17 @@ def recipe(dataset, preset="release", method="reclip++", **given):
     values = DEMO if row == "shapes" else {"release": RELEASE, "paper": PAPER}[preset][row]
     s = ALWAYS | dict(zip(columns, values)) | (DEMO_ONLY if row == "shapes" else {})
     s["bias"], s["decoder"], s["sign"] = *METHODS[method], -1
-    # On the demo the whole image serves ReCLIP better than CLIP's view of it.
-    s["hypothesis"] = {"reclip++": "crops", "maskclip": "none"}.get(
-        method, "global-full" if row == "shapes" else "global")
-    # τ1. The demo's is softer: with 0.01 its masks are so sharp that a class now and then dies.
-    s["mask_temperature"] = {"reclip": 0.001}.get(method, 0.01) * (100 if row == "shapes" else 1)
+    s["hypothesis"] = {"reclip++": "crops", "maskclip": "none"}.get(method, "global")
+    s["mask_temperature"] = 0.001 if method == "reclip" else 0.01  # τ1
     s |= given
-    s["threshold"], s["top"] = (GLOBAL[row] if s["hypothesis"].startswith("global") else
+    if row == "shapes":
+        # Behind a decoder softer masks: sharp ones make a class die now and then. Without one, τ1
+        # is below the distance of a patch's best two cosines, 0.06 to 0.09.
+        s["mask_temperature"] = 1.0 if s["decoder"] else 0.01
+        if s["bias"] == "joint" and not s["decoder"]:
+            # Mp starts with BatchNorm's spread of 1, and shrinks with learning rate times steps.
+            s |= dict(lr=0.3, epochs=20, schedule=20)
+    s["threshold"], s["top"] = (GLOBAL[row] if s["hypothesis"] == "global" else
                                 (CROPS.get(row, 0.0), 0))
     s["pd"], s["pd_temperature"] = head_denoising(row, s["bias"], s["decoder"], s["pd"])
     return s | given
@@ -631,20 +592,17 @@ def head_denoising(dataset, bias, decoder, pd):
 # Training: one step, and the loop
 
 
-def rectification_loss(network, features, p, Wq, Wr, hypothesis, noise, tau, mask_temperature,
-                       pooling="area"):
+def rectification_loss(network, features, p, Wq, Wr, hypothesis, noise, tau, mask_temperature):
     """One training step: from what CLIP says of B views, and their hypotheses, to the loss.
 
     network: a Rectifier; features: B×D×h×w, not normalised; p: 1×width×h×w; Wq, Wr: C×D;
-    hypothesis: bool B×C; noise: B×C×h×w, Gumbel; tau, mask_temperature: τ and τ1; pooling: "area",
-    or the ablation "cosine". Returns a 0-dim tensor.
+    hypothesis: bool B×C; noise: B×C×h×w, Gumbel; tau, mask_temperature: τ and τ1. Returns a 0-dim
+    tensor.
     """
     Z = F.normalize(features, dim=1)  # III-A
     Mq, logits = network(Z, p, Wr, Wq)  # III-B and III-C
     masks = gumbel_masks(logits, mask_temperature, noise)
-    similarities = (masked_pooling(masks, Mq) if pooling == "area" else
-                    cosine_pooling(masks, Z, Wq))
-    return contrastive_loss(similarities, hypothesis, tau)  # III-D
+    return contrastive_loss(masked_pooling(masks, Mq), hypothesis, tau)  # III-D
 
 
 def train(s, data, model, rectifier, hypothesis, run, device):
@@ -655,51 +613,35 @@ def train(s, data, model, rectifier, hypothesis, run, device):
     """
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay, fused=True)
-    batches = run.start(optimizer, Batches(len(data), s.batch, s.epochs, s.seed))
-    visual = rectifier.visual or image_encoder(model, s.preset, s.amp)
+    visual = rectifier.visual or image_encoder(model, s.preset)
     views = TrainingViews(data, s.scale, s.crop, s.ratio, s.distort, s.seed)
     grid = -(-s.crop // visual.conv1.stride[0])
-    p = resized_positions(visual, grid, grid)
 
     def encode(batch):
         view, size = views_on(device, batch)
         with torch.set_grad_enabled(s.tune_encoder):
             return encode_views(visual, view, s.preset, s.surgery, s.sigma, s.amp, size)
 
-    if s.views and len(batches):  # CLIP is frozen: what it says of a view need be asked only once
+    if s.views:  # CLIP is frozen: what it says of a view need be asked only once
         fields = dict(features=(np.float16, (rectifier.Wq.shape[1], grid, grid)))
-        views = make_views(views, s, "views", network_facts(model, s), fields,
-                           lambda batch: dict(features=encode(batch).half()))
-    # A surgery without the MLP of the encoder's last block leaves its parameters without gradient.
-    idle = s.tune_encoder and not SURGERIES[s.surgery]["rest"]
-    network = parallel(rectifier.train(), device, idle)
-
-    def loss_of(features, p, present, noise):
+        views = cached_views(views, s.views, s.cache, "views", network_facts(model, s), fields,
+                             lambda batch: dict(features=encode(batch).half()), s.workers)
+    network = parallel(rectifier.train(), device)
+    for epoch, batch in run.steps(optimizer, views.batch, s.batch, s.epochs, s.seed, s.workers):
+        optimizer.param_groups[0]["lr"] = s.lr * (1 - epoch / s.schedule) ** s.power
+        features = to_device(batch["features"], device).float() if s.views else encode(batch)
+        p = resized_positions(visual, grid, grid)
+        present = to_device(hypothesis(batch["index"]), device)
+        seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel") for i in batch["index"].tolist()]
+        noise = gumbel_noise((len(data.classes), grid, grid), seeds, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
             Wq, Wr = rectifier.texts(model)
-        return rectification_loss(network, features, p, Wq, Wr, present, noise, s.tau,
-                                  s.mask_temperature, s.pooling)
-
-    if s.graph:  # a GPU is faster with a step's kernels than Python is with their launches
-        rectifier.texts(model)  # counts the tokens, which no graph can, and keeps their layout
-        loss_of = torch.compile(loss_of, mode="reduce-overhead", dynamic=False)
-    with run:
-        for step, batch in run.steps(read_ahead(views, batches, s.workers)):
-            epoch = step // batches.per_epoch
-            for group in optimizer.param_groups:
-                group["lr"] = s.lr * (1 - epoch / s.schedule) ** s.power
-            features = to_device(batch["features"], device).float() if s.views else encode(batch)
-            if s.tune_encoder:
-                p = resized_positions(visual, grid, grid)
-            present = to_device(hypothesis(batch["index"]), device)
-            seeds = [draw_seed(s.seed, epoch, data.ids[i], "gumbel")
-                     for i in batch["index"].tolist()]
-            noise = gumbel_noise((len(data.classes), grid, grid), seeds, device)
-            optimizer.zero_grad()
-            loss = loss_of(features, p, present, noise) * batches.weight(step)
-            loss.backward()
-            optimizer.step()
-            run.after(step + 1, optimizer, len(seeds), loss)
+        loss = rectification_loss(network, features, p, Wq, Wr, present, noise, s.tau,
+                                  s.mask_temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.after(loss)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -718,17 +660,17 @@ def encode_views(visual, views, preset, surgery, sigma=5.0, amp=False, sizes=Non
         return dense_features(visual, images, surgery, sigma).float()
 
 
+
 class RectifiedCLIP:
     """A Rectifier with its CLIP: images in, Query and rectified logits out.
 
     rectifier: on the CPU or where the CLIP is; Wr: C×D, or None without a bias; settings: a
-    namespace with preset, surgery, method and the values of evaluation (`recipe`).
+    namespace with preset, surgery, sigma, method and the values of evaluation (`recipe`).
     """
 
     def __init__(self, model, rectifier, Wr, classes, settings):
         device = model.visual.proj.device
-        self.model, self.classes = model, list(classes)
-        self.settings = argparse.Namespace(**dict(sigma=5.0) | vars(settings))
+        self.model, self.classes, self.settings = model, list(classes), settings
         self.visual = rectifier.visual or image_encoder(model, settings.preset)
         self.patch = model.visual.conv1.stride[0]
         self.rectifier = rectifier.to(device).eval().requires_grad_(False)
@@ -749,59 +691,386 @@ class RectifiedCLIP:
         return F.normalize(features, dim=1), resized_positions(self.visual, *features.shape[2:])
 
 
-# ------------------------------------------------------------------------------------------------
-# Hypotheses of a whole data set, and checkpoints
 
+def prompt_denoising(logits, pd, temperature):
+    """Switch off the classes that are nowhere likely (PD, MaskCLIP): their logits become -100.
 
-@torch.no_grad()
-def make_hypotheses(data, model, Wq, s, folder, device):
-    """The hypotheses of the images of `data`, as a function: indices of B images → bool B×C.
-
-    hypotheses.npy in `folder` holds what they are decided from (how many crops each class won, or
-    100·cosine to each class), so the thresholds can be changed without encoding again. s: settings
-    hypothesis, crop_ratio or scale, threshold, top, activation, amp, workers.
+    A class stays if its highest softmax(logits / temperature) over the image reaches pd; the most
+    likely class always does. logits: B×C×h×w; pd: 0…1 or None for all. In float32: VOC's PD of 1.0
+    keeps the classes whose float32 probability rounds to 1.
     """
-    crops, C = s.hypothesis == "crops", len(data.classes)
-    names = name_counts(data.classes)
-    scale = list(s.scale) if s.hypothesis == "global-full" else None
-    if s.learn_query:  # hypotheses are the fixed Query's
-        Wq = query_features(model, data.classes)
-    facts = dict(hypothesis=s.hypothesis, data=data.name, images=data.fingerprint,
-                 classes=data.classes, clip=clip_fingerprint(model), activation=s.activation,
-                 heads=getattr(s, "heads", None), view=s.crop_ratio if crops else scale)
-    # Blocks are the same for any number of processes, and so is the rounding in a batch.
-    size = max(1, 256 // len(crop_windows(64, 64, s.crop_ratio))) if crops else 1
-    blocks = [rows.tolist() for rows in torch.arange(len(data)).split(size)]
-
-    def ask(images):
-        if crops:
-            images = [to_device(image, device) for image in images]
-            return dict(scores=crop_votes(model, images, Wq, s.crop_ratio, s.amp, names=names))
-        cosines = [global_scores(model, image, Wq, scale, s.amp) for image in images]
-        return dict(scores=best_name(torch.stack(cosines), names))
-
-    fields = dict(scores=(np.int16 if crops else np.float32, (C,)))
-    records = ask_once(folder / "hypotheses.npy", facts, fields, data, blocks, ask, s.workers, list)
-
-    def hypothesis(indices):
-        scores = torch.from_numpy(records["scores"][np.asarray(indices)]).double()
-        return (crop_hypothesis(scores, s.threshold) if crops else
-                global_hypothesis(scores, s.threshold, s.top))
-
-    return hypothesis
+    if pd is None:
+        return logits
+    confidence = (logits.float() / temperature).softmax(1).amax((2, 3))  # B×C
+    off = (confidence < pd) & (confidence < confidence.amax(1, keepdim=True))
+    return logits.masked_fill(off[:, :, None, None], -100.0)
 
 
-def hypotheses_folder(checkpoint, s):
-    """Where the hypotheses of a checkpoint's run are: beside it, or only in its cache."""
-    beside, cache = (Path(folder, "hypotheses.npy") for folder in (checkpoint.parent, s.cache))
-    return cache.parent if cache.exists() and not beside.exists() else beside.parent
+@functools.lru_cache(64)
+def interpolation(n, padded, view, size, device):
+    """size×n: what linear upsampling does along one side, as a matrix: n cells to `padded` pixels,
+    of which the first `view` are kept, and these to `size`.
+    """
+    weights = F.interpolate(torch.eye(n, device=device)[None], padded, mode="linear")[..., :view]
+    return F.interpolate(weights, size, mode="linear")[0].T
+
+
+@functools.lru_cache(64)
+def pixel_blocks(matrix, block):
+    """(first, end) pixel of every block of a side, and (first, end) of the cells that it needs."""
+    parts = [(i, min(i + block, len(matrix))) for i in range(0, len(matrix), block)]
+    used = [matrix[first:end].amax(0).nonzero()[:, 0].tolist() for first, end in parts]
+    return [(*part, cells[0], cells[-1] + 1) for part, cells in zip(parts, used)]
+
+
+def label_map(logits, padded, view, size):
+    """Class of every pixel: logits upsampled (bilinear) to the network's input, then to the label.
+
+    logits: B×C×h×w, covering `padded` (height, width) pixels, of which the top left `view` are the
+    image, whose label has `size`. Returns int64 B×H×W. Block by block: a pixel is a weighted mean
+    of the cells around it, so within a block a class whose greatest cell is below another's least
+    wins no pixel, and need not be upsampled. Raises UserError for logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise UserError("the logits are not all finite; are the weights damaged?")
+    rows, columns = (interpolation(*side, logits.device)
+                     for side in zip(logits.shape[2:], padded, view, size))
+    cell = max(map(math.ceil, (size[0] / logits.shape[2], size[1] / logits.shape[3])))
+    block = min(max(2 * cell, 64), 128) if logits.device.type == "cpu" else 1024
+    labels = torch.empty(len(logits), *size, dtype=torch.int64, device=logits.device)
+    for one, label in zip(logits, labels):
+        for top, bottom, a, b in pixel_blocks(rows, block):
+            for left, right, c, d in pixel_blocks(columns, block):
+                cells = one[:, a:b, c:d]
+                lowest = cells.amin((1, 2)).max()
+                possible = (cells.amax((1, 2)) >= lowest).nonzero()[:, 0]
+                upsampled = rows[top:bottom, a:b] @ cells[possible] @ columns[left:right, c:d].T
+                label[top:bottom, left:right] = possible[upsampled.max(0)[1]]
+    return labels
+
+
+# ------------------------------------------------------------------------------------------------
+# What keeps a run alive: its batches, its checkpoint, its log, and when it stops
+
+STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# What may change when resuming: machine and places; weights are told apart by fingerprints.
+MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "download", "clip", "teacher",
+           "labels", "labels_offset"}
+FORMAT = 2  # of checkpoints; those of earlier versions are refused
+
+
+class Run:
+    """A training run that may be interrupted at any time: its checkpoint, and a log of how it went.
+
+    path: of the checkpoint; s: settings; data: a SegmentationData; learner: what is trained. The
+    checkpoint has beside the learned parameters `optimizer` and `step` to go on from, Wr (of a
+    learner with `texts`) to predict without the text encoder, the settings, and what tells whether
+    another CLIP, other classes or other images are used with it.
+    Raises UserError where the folder holds a run of other settings.
+    """
+
+    def __init__(self, path, s, data, model, learner=None, log="log.jsonl", title="rectify"):
+        self.path, self.ids, self.model, self.learner = path, data.ids, model, learner
+        self.log, self.title = path.with_name(log), title
+        self.facts = dict(format=FORMAT, kind=path.stem, settings=plain(s), images=data.fingerprint,
+                          classes=list(data.classes), clip=clip_fingerprint(model))
+        self.previous = load_checkpoint(path) if path.exists() else self.facts | dict(step=0)
+        self.finished = self.previous.get("finished", False)
+        old, new = ({key: value for key, value in one["settings"].items() if key not in MACHINE}
+                    for one in (self.previous, self.facts))
+        changes = [f"{key} {old.get(key)!s:.40} → {new.get(key)!s:.40}"
+                   for key in sorted(old | new) if old.get(key) != new.get(key)]
+        changes += [what for what in ("classes", "clip", "images")
+                    if self.previous[what] != self.facts[what]]
+        if changes:
+            raise UserError(f"{path} was made with other settings ({', '.join(changes)}); repeat "
+                            "them, or choose another folder with --out")
+
+    def steps(self, optimizer, read, batch, epochs, seed, workers):
+        """Yields (epoch, what `read` gives) for every step that is left, read ahead by threads.
+
+        read: a function of a list of (epoch, index). The order of an epoch depends on (seed, epoch)
+        alone; of several processes each gets its share of every batch, which some of its images
+        fill up where it cannot be divided. Ctrl-C and SIGTERM end training after the step under way
+        (of several processes: within ten), a second Ctrl-C at once.
+        """
+        n, self.per_epoch = len(self.ids), -(-len(self.ids) // batch)
+        self.optimizer, self.total, self.stopping = optimizer, epochs * self.per_epoch, False
+        self.step = first = self.previous["step"]
+        if first:
+            self.learner.load_state_dict(self.previous["state"])
+            optimizer.load_state_dict(self.previous["optimizer"])
+        if first and not self.finished:
+            print(f"going on from step {first}")
+        lines = self.log.read_text("utf-8").splitlines(True) if self.log.exists() else []
+        if rank() == 0:  # steps after the checkpoint are repeated, and so are their lines
+            found = [re.match(r'{"step": (\d+),.*}\n$', line) for line in lines]
+            write_text(self.log, "".join(m[0] for m in found if m and int(m[1]) <= first))
+
+        def keys():
+            for epoch in range(first // self.per_epoch, epochs):
+                generator = torch.Generator().manual_seed(draw_seed(seed, epoch, "order"))
+                order = torch.randperm(n, generator=generator).tolist()
+                for start in range(0, n, batch):
+                    images = order[start : start + batch]
+                    images += (images * world())[: -len(images) % world()]
+                    yield [(epoch, i) for i in images[rank()::world()]]
+
+        self.progress, self.saved = Progress(self.title, self.total, first), time.monotonic()
+        self.sums, self.counted, self.shown, handlers = {}, 0, "", {}
+        left = itertools.islice(keys(), first % self.per_epoch, None)
+        if threading.current_thread() is threading.main_thread():  # no other can set handlers
+            heeded = [number for number in STOP if signal.getsignal(number) != signal.SIG_IGN]
+            handlers = {number: signal.signal(number, self.stop) for number in heeded}
+        try:
+            for content in read_ahead(read, left, workers):
+                yield self.step // self.per_epoch, content
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        self.progress.close()
+
+    def stop(self, number, frame):
+        """What signals do while training; those that are ignored (nohup) still are."""
+        if self.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    def after(self, loss, **parts):
+        """To be called when a step is done: counts, logs, saves when it is due, and stops.
+
+        loss, parts: 0-dim tensors, which are not waited for until a line of the log is due. Raises
+        UserError, before anything is written, where the loss is nan or infinite.
+        """
+        self.step, self.counted = self.step + 1, self.counted + 1
+        for name, value in dict(loss=loss, **parts).items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        finished = self.step == self.total
+        # Of several processes none may stop while the others wait for it in the next step.
+        stopping = self.stopping if world() == 1 else (
+            self.step % 10 == 0 and any(gather(self.stopping)))
+        # Where a run is saved changes nothing in its result: after two minutes, or with an epoch.
+        waited = time.monotonic() - self.saved
+        due = finished or stopping or waited > (120 if self.step % self.per_epoch else 10)
+        if due or self.step % 50 == 0:
+            self.write_line()
+        self.progress.advance(1, lambda: self.shown)
+        if due:
+            self.save(self.step, self.optimizer, finished)
+        if stopping and not finished:
+            barrier()  # it is saved: where one process ends, torchrun ends the others
+            if rank() == 0:
+                print(f"\nstopped after step {self.step} and saved {self.path}; the same command "
+                      "goes on", file=sys.stderr)
+            raise SystemExit(130)
+
+    def write_line(self):
+        """A line of the log: means since the last. Raises UserError for a loss of nan or inf."""
+        row = dict(step=self.step, lr=self.optimizer.param_groups[0]["lr"])
+        row |= {name: round(value.item() / self.counted, 6) for name, value in self.sums.items()}
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"the loss is not finite at step {self.step} or the {self.counted - 1} "
+                            f"before; a {self.path} is as it was before them; a smaller --lr may "
+                            "help")
+        if rank() == 0:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.shown = "".join(f"  {name} {row[name]:.3f}" for name in self.sums)
+        self.sums, self.counted = {}, 0
+
+    def save(self, step, optimizer=None, finished=False):
+        """Write the checkpoint to a temporary file, and rename it; only the first process does."""
+        with torch.no_grad():
+            Wr = self.learner.texts(self.model)[1] if hasattr(self.learner, "texts") else None
+        temporary, self.saved = Path(f"{self.path}.{os.getpid()}.tmp"), time.monotonic()
+        if rank() > 0:
+            return
+        try:
+            torch.save(self.facts | dict(
+                state=self.learner.state_dict(), Wr=Wr, step=step, finished=finished,
+                optimizer=optimizer and optimizer.state_dict()), temporary)
+            os.replace(temporary, self.path)
+        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"cannot write {self.path} ({str(error).splitlines()[0][:120]}); what "
+                            "was there is as it was, and the same command goes on from it"
+                            ) from None
+
+
+def load_checkpoint(path):
+    """A checkpoint of reclip.py or distill.py as a dict. Raises UserError if it is none."""
+    try:
+        checkpoint = read_weights(path)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(error) from None
+    if checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of reclip.py or distill.py, or of an earlier "
+                        "version")
+    return checkpoint
+
+
+def checkpoint_in(path, *names):
+    """The path of a checkpoint, or the first of `names` in the folder of a run; else UserError."""
+    found = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"{path} is a folder without {' or '.join(names)}")
+    return found[0]
+
+
+def plain(s):
+    """Settings as plain values."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
+
+
+def passed_on(s):
+    """Settings that the evaluation after a training is given too, as a command line."""
+    options = ["--amp" if s.amp else "--no-amp"]
+    for name in ("device", "workers", "clip", "data_root", "labels", "labels_offset"):
+        if getattr(s, name, None) is not None:
+            options += [f"--{name.replace('_', '-')}", str(getattr(s, name))]
+    return options
+
+
+# ------------------------------------------------------------------------------------------------
+# Networks and devices; several processes by torchrun, on machines that share the run's folder
+
+
+def load_clip(source, activation=None, device="cpu", heads=None):
+    """A frozen float32 CLIP with a ViT image encoder, from a name or a file. Raises UserError.
+
+    activation, heads: as in `clip.load`, for what neither the file nor one beside it tells.
+    """
+    try:
+        with one_first():  # which downloads for the others
+            model, _ = clip.load(source, device="cpu", activation=activation, heads=heads)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if not hasattr(model.visual, "proj"):
+        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a "
+                        "ViT, for example ViT-B/16")
+    if model.vocab_size != 49408 or model.context_length != 77:
+        raise UserError(f"{source} has a vocabulary of {model.vocab_size} and a context of "
+                        f"{model.context_length} tokens; expected OpenAI's 49408 and 77")
+    return model.float().to(device).eval().requires_grad_(False)
+
+
+def clip_fingerprint(model):
+    """A short name for a CLIP's weights, from its projections: other weights, another name."""
+    return fingerprint(model.visual.proj, model.text_projection, model.positional_embedding)
+
+
+def network_facts(model, s):
+    """What the features of a frozen CLIP depend on beside the images, as plain values."""
+    return dict(clip=clip_fingerprint(model), preset=s.preset, surgery=s.surgery,
+                activation=s.activation, heads=s.heads,
+                sigma=s.sigma if s.surgery == "naclip" else None)
+
+
+def image_encoder(model, preset):
+    """The encoder of dense features: CLIP's own, for the paper's preset with exact GELU."""
+    if preset != "paper":
+        return model.visual
+    visual = copy.deepcopy(model.visual)
+    for module in visual.modules():
+        if isinstance(module, MLP):
+            module.gelu = nn.GELU()
+    return visual
+
+
+def usual_surgery(model, surgery="program"):
+    """`surgery`, but "value" for a larger CLIP, with which "program" collapses (ClearCLIP)."""
+    if surgery != "program" or len(model.visual.proj) <= 768:
+        return surgery
+    print("--surgery value: with CLIPs larger than ViT-B program collapses (README)")
+    return "value"
+
+
+def pick_device(name=None):
+    """CUDA, else MPS, else the CPU, unless named. Under torchrun it joins the other processes, of
+    which each has a device of its own and only the first prints. Raises UserError for a device that
+    is not there.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else
+                                   "mps" if torch.backends.mps.is_available() else "cpu"))
+    backend = "gloo"
+    if dist.is_torchelastic_launched() and device.type == "cuda":
+        # plain values go by way of the CPU: no GPU has to finish for them
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:80]}; "
+                        "without --device the best one that is there is taken") from None
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # A day's patience: one process may download what the others wait for.
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def leave_processes():
+    """The last thing that a script does."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_first():
+    """Of the processes of a machine one is inside before the others."""
+    later = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if later:
+        barrier()
+    yield
+    if not later:
+        barrier()
+
+
+def parallel(module, device):
+    """The module itself, or, for several processes, in DistributedDataParallel.
+
+    Gradients are then means over the processes. BatchNorm takes its statistics over all of them on
+    CUDA; on the CPU, where PyTorch cannot, over each process's own share of the batch.
+    """
+    if world() == 1:
+        return module
+    if device.type == "cuda":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return nn.parallel.DistributedDataParallel(module)
+
+
+def to_device(x, device):
+    """A CPU tensor on a device, without waiting for what a GPU is at."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def views_on(device, batch):
+    """Coloured views of a batch of TrainingViews, B×3×H×W, and their sizes, B×2, on the device."""
+    view, size = (to_device(batch[key], device) for key in ("view", "size"))
+    if "colours" in batch:
+        view = photometric_distortion(view, to_device(batch["colours"], device))
+    return view, size
+
+
+def use_amp(given, device):
+    """Whether networks run in bf16: as --amp says, else on a GPU that has instructions for it."""
+    if given is not None:
+        return given
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints as networks: ours, and those of the authors' program
 
 
 def make_rectifier(model, classes, Wq, s):
     """The Rectifier that settings ask for."""
     visual = image_encoder(model, s.preset) if s.tune_encoder else None
-    return Rectifier(model, classes, Wq, s.bias, s.decoder, s.sign, s.wr_norm, s.learn_query,
-                     visual)
+    return Rectifier(model, classes, Wq, s.bias, s.decoder, s.sign, s.learn_query, visual)
 
 
 def open_rectified(path, device="cpu", source=None):
@@ -810,22 +1079,14 @@ def open_rectified(path, device="cpu", source=None):
     Raises UserError for a file that is no such checkpoint, and for another CLIP.
     """
     checkpoint = load_checkpoint(path)
-    with as_checkpoint(path):
-        s = argparse.Namespace(**checkpoint["settings"])
-        s.dataset, s.method, s.preset, s.surgery, s.scale, s.pd, s.seed  # not missing later on
-        try:
-            model = load_clip(source or s.clip, s.activation, device, getattr(s, "heads", None))
-        except UserError as error:
-            raise UserError(f"the CLIP of {path}: {error}; say with --clip where it is now"
-                            ) from None
-        if clip_fingerprint(model) != checkpoint["clip"]:
-            raise UserError(f"{path} was made with another CLIP than {source or s.clip}")
-        state, Wr, classes = checkpoint["state"], checkpoint["Wr"], checkpoint["classes"]
-        rectifier = make_rectifier(model, classes, state["Wq"], s)
-        rectifier.load_state_dict(state)
-        if Wr is not None and Wr.shape != (len(classes), state["Wq"].shape[1]):
-            raise ValueError(f"Wr is {tuple(Wr.shape)}, for {len(classes)} classes")
-        return RectifiedCLIP(model, rectifier, Wr, classes, s)
+    s, classes = argparse.Namespace(**checkpoint["settings"]), checkpoint["classes"]
+    model = load_clip(source or s.clip, s.activation, device, s.heads)
+    if clip_fingerprint(model) != checkpoint["clip"]:
+        raise UserError(f"{path} was made with another CLIP than {source or s.clip}; say with "
+                        "--clip where its own is now")
+    rectifier = make_rectifier(model, classes, checkpoint["state"]["Wq"], s)
+    rectifier.load_state_dict(checkpoint["state"])
+    return RectifiedCLIP(model, rectifier, checkpoint["Wr"], classes, s)
 
 
 def plain_maskclip(model, classes, settings):
@@ -834,7 +1095,7 @@ def plain_maskclip(model, classes, settings):
     return RectifiedCLIP(model, rectifier, None, classes, settings)
 
 
-# The authors' own checkpoints: what of theirs is learned, and what it is called here. The rest of
+# What the authors' checkpoints hold of what is learned, and what it is called here. The rest of
 # such a file is a copy of CLIP and what follows from it.
 AUTHORS_NAMES = {"text_encoder.prompt_token": "reference.prompt", "pe_proj": "position",
                  "proj_net": "position", "decoder_conv2": "decoder.conv",
@@ -878,22 +1139,21 @@ def from_authors(state, model, classes, Wq, settings):
     method, state = authors_method(state)[0], renamed(state)
     rectifier = Rectifier(model, classes, Wq, *METHODS[method])
     rectifier.reference.prompt = nn.Parameter(torch.empty_like(state["reference.prompt"]))
-    rectifier.reference.suffix = clip.tokenize(classes, truncate=True)[:, 1:4].long()
+    rectifier.reference.endings = tuple(ids[:3] for ids in rectifier.reference.endings)
     if method == "reclip":
         hidden = [len(state[f"position.{i}.weight"]) for i in (0, 3)]
         rectifier.position = PositionLogits(model.visual.proj.shape[0], len(classes), hidden)
     try:
         missing = set(rectifier.load_state_dict(state, strict=False).missing_keys)
-        missing -= {"Wq", "reference.suffix", "reference.start"}
-        if missing:
+        if missing - {"Wq", "reference.start"}:
             raise RuntimeError(f"it lacks {', '.join(sorted(missing))}")
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the authors' checkpoint does not fit {len(classes)} classes "
-                        f"({', '.join(classes[:3])}, …) and this CLIP: {reason}") from None
+                        f"({', '.join(classes[:3])}, …) and this CLIP: "
+                        f"{str(error).splitlines()[-1].strip()}") from None
     rectifier.to(model.visual.proj.device)
     with torch.no_grad():
-        return RectifiedCLIP(model, rectifier, rectifier.Wr(model), classes, settings)
+        return RectifiedCLIP(model, rectifier, rectifier.texts(model)[1], classes, settings)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -912,26 +1172,25 @@ def parse_arguments(argv):
     flag("--labels", type=user_path, help="for folder: ground truth, to evaluate with alone")
     flag("--labels-offset", type=int, choices=(0, 1), default=0, help="1: 0 is background")
     flag("--download", action="store_true", help="fetch voc or ade into --data-root first")
-    flag("--method", choices=("reclip++", "reclip", "maskclip"), default="reclip++")
+    flag("--method", choices=tuple(METHODS), default="reclip++")
     flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
     flag("--out", type=user_path, help="the run's folder (default: runs/NAME)")
     flag("--cache", type=user_path, help="for hypotheses and views (default: --out)")
     flag("--seed", type=seed_number, default=0)
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU)")
-    flag("--graph", action="store_true", help="texts, loss and gradients as CUDA graphs")
-    flag("--workers", type=natural, help="processes that read images (default: one a core)")
+    flag("--workers", type=natural, help="threads that read images (default: one a core)")
     flag = parser.add_argument_group("values of the recipe (default: as published)").add_argument
-    flag("--clip", help="a name (ViT-B/16) or a file")
-    flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu",
-         help="that --clip was trained with; a state dict does not tell")
-    flag("--heads", type=count, help="of the image encoder of --clip, where its sizes do not tell")
+    flag("--clip", help="a name (ViT-B/16), a file, or a folder of Hugging Face's")
+    flag("--activation", choices=("quick_gelu", "gelu"), help="that --clip was trained with, where "
+         "no config beside it tells (default: quick_gelu)")
+    flag("--heads", type=count, help="of the image encoder of --clip, where nothing else tells")
     flag("--surgery", choices=tuple(SURGERIES), help="what becomes of CLIP's last block")
     flag("--sigma", type=positive, help="of naclip: how near is near, in patches")
-    flag("--hypothesis", choices=("crops", "global", "global-full"))
-    flag("--crop-ratio", type=float, help="r: side of a window relative to the image's")
-    flag("--threshold", type=float, help="t, or for global on 100·cosine")
-    flag("--top", type=natural, help="for global: how many classes if none passes")
+    flag("--hypothesis", choices=("crops", "global"))
+    flag("--crop-ratio", type=share, help="r: side of a window relative to the image's")
+    flag("--threshold", type=positive, help="t, or for global on 100·cosine")
+    flag("--top", type=count, help="for global: how many classes if none passes")
     flag("--epochs", type=count, help="stop after")
     flag("--schedule", type=count, help="epochs of the learning rate's schedule")
     flag("--batch", type=count)
@@ -948,56 +1207,42 @@ def parse_arguments(argv):
          "as in ReCLIP++, as in ReCLIP, as in ReCLIP without position, not at all")
     flag("--decoder", action=argparse.BooleanOptionalAction)
     flag("--add", dest="sign", action="store_const", const=1, help="add the bias, not subtract it")
-    flag("--wr-norm", choices=("matrix", "class"), help="whose norm Wr is divided by")
-    flag("--pooling", choices=("area", "cosine"), help="of masked features")
     flag("--learn-query", action="store_const", const=True, help="learn the Query's prompt too")
     flag("--tune-encoder", action="store_const", const=True, help="fine-tune CLIP's image encoder")
     return parser.parse_args(argv)
 
 
 def settings_of(args):
-    """Recipe and command line together, as a namespace of plain values. Raises UserError."""
+    """Recipe and command line together, as a namespace of plain values.
+
+    Raises UserError for what cannot work together.
+    """
     given = {key: value for key, value in vars(args).items() if value is not None}
     s = argparse.Namespace(**vars(args) | recipe(**given))
     if "epochs" in given and "schedule" not in given:
         s.schedule = max(s.schedule, s.epochs)
-    s.workers = given.get("workers", 0 if s.dataset == "shapes" else cores_each())
-    if s.batch < world():
-        if "batch" in given:
-            raise UserError(f"--batch is {s.batch}, for {world()} processes; expected one image "
-                            "each at least")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    s.workers = given.get("workers", 0 if s.dataset == "shapes" else max(1, cores))
+    if s.batch < world() and "batch" not in given:
         # As the authors' recipe for Cityscapes does: 16 times the batch, 16 times the rate.
         s.lr, s.batch = s.lr if "lr" in given else s.lr * world() / s.batch, world()
     s.scale = tuple(s.scale)
-    check_settings(s)
+    for wrong, message in (
+            (s.batch < world(), f"--batch {s.batch}: {world()} processes need an image each"),
+            (s.crop_ratio < 0.02, f"--crop-ratio {s.crop_ratio}: expected 0.02 to 1"),
+            (s.schedule < s.epochs, f"--schedule {s.schedule}: training has {s.epochs} epochs"),
+            (s.hypothesis == "crops" and s.threshold >= 1, f"--threshold {s.threshold}: of crops "
+             "a share, below 1"),
+            (s.views and s.tune_encoder, "--tune-encoder needs --views 0: it changes what CLIP "
+             "says of a view"),
+            ((s.method == "maskclip") != (s.bias == "none" and not s.decoder), "without bias and "
+             "decoder nothing is learned: that is --method maskclip, and no other")):
+        if wrong:
+            raise UserError(message)
     name = [s.dataset] + [v for v, d in ((s.method, "reclip++"), (s.preset, "release")) if v != d]
     s.out = given.get("out", Path("runs") / "-".join(name + [f"seed{s.seed}"] * bool(s.seed)))
     s.cache = given.get("cache", s.out)
     return s
-
-
-def check_settings(s):
-    """Raises UserError for what cannot work together."""
-    most = 1 if s.hypothesis == "crops" else 100
-    for flag, value, low, high in (
-            ("--schedule", s.schedule, s.epochs, math.inf), ("--crop-ratio", s.crop_ratio, 0.02, 1),
-            ("--threshold", s.threshold, 0, most),
-            ("--top", s.top, int(s.hypothesis.startswith("global")), math.inf)):
-        if not low <= value <= high:
-            wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise UserError(f"{flag} is {value}; expected {wanted}")
-    changed = s.learn_query or s.tune_encoder
-    for wrong, message in (
-            (s.views and s.tune_encoder, "--tune-encoder changes the features in every step; it "
-             "needs --views 0"),
-            (s.method == "maskclip" and (s.bias != "none" or s.decoder or changed), "--method "
-             "maskclip learns nothing; for parts of the method start from another --method"),
-            (changed and s.bias == "none" and not s.decoder, "--learn-query and --tune-encoder "
-             "need a bias or a decoder beside them"),
-            (s.learn_query and s.pooling == "cosine", "--learn-query and --pooling cosine change "
-             "two things; take one at a time")):
-        if wrong:
-            raise UserError(message)
 
 
 @clean_exit
@@ -1006,19 +1251,14 @@ def main(argv=None):
     device = pick_device(args.device)
     s = settings_of(args)
     s.amp, s.device = use_amp(args.amp, device), str(device)
-    if s.graph and (device.type != "cuda" or world() > 1):
-        raise UserError("--graph needs a CUDA device, and a single process")
     classes = None if args.classes is None else parse_classes(args.classes)
     if s.download and rank() == 0:
         download(s.dataset, s.data_root)
     barrier()
     data = open_dataset(s.dataset, s.data_root, s.train_split, classes, s.seed, s.labels,
                         s.labels_offset)
-    s.classes = data.classes
-    if s.pooling == "cosine" and max(name_counts(s.classes)) > 1:
-        raise UserError("--pooling cosine is for classes of one name each")
     model = load_clip(s.clip, s.activation, device, s.heads)
-    s.surgery = args.surgery or usual_surgery(model, s.surgery)
+    s.activation, s.surgery = model.activation, args.surgery or usual_surgery(model, s.surgery)
     if s.crop <= model.visual.conv1.stride[0]:
         raise UserError(f"--crop {s.crop} is a single patch; expected more than "
                         f"{model.visual.conv1.stride[0]}")
@@ -1027,19 +1267,18 @@ def main(argv=None):
 
     make_folder(s.out)
     make_folder(s.cache)
-    with folder_lock(s.out / ".run.lock"):
-        run = Run(s.out / "reclip.pt", s, data, model)  # first of all: is it this run's folder?
-        torch.manual_seed(s.seed)
-        if not run.finished:
-            Wq = query_features(model, data.classes)
-            run.learner = rectifier = make_rectifier(model, data.classes, Wq, s).to(device)
-            if s.bias == "none" and not s.decoder:  # MaskCLIP has nothing to learn
-                run.save(0, finished=True)
-            else:
-                hypothesis = make_hypotheses(data, model, Wq, s, s.cache, device)
-                some = hypothesis(evenly(len(data), 4096))
-                print(f"hypotheses: {some.sum().item() / len(some):.2f} classes per image")
-                train(s, data, model, rectifier, hypothesis, run, device)
+    run = Run(s.out / "reclip.pt", s, data, model)  # first of all: is it this run's folder?
+    torch.manual_seed(s.seed)
+    if not run.finished:
+        Wq = query_features(model, data.classes)
+        run.learner = rectifier = make_rectifier(model, data.classes, Wq, s).to(device)
+        if s.method == "maskclip":  # which has nothing to learn
+            run.save(0, finished=True)
+        else:
+            hypothesis = make_hypotheses(data, model, Wq, s, s.cache, device)
+            some = hypothesis(evenly(len(data), 4096))
+            print(f"hypotheses: {some.sum().item() / len(some):.2f} classes per image")
+            train(s, data, model, rectifier, hypothesis, run, device)
     barrier()  # the checkpoint is there
     import evaluate  # which needs this module; it sees the checkpoint only
     evaluate.main(["--checkpoint", str(run.path), *passed_on(s)])

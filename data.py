@@ -3,10 +3,6 @@
     python data.py --dataset voc --data-root ~/data             # what is there; a contact sheet
     python data.py --dataset voc --data-root ~/data --download  # fetch it first (voc and ade)
 
-The file goes from words to pixels: 1 mistakes, progress, processes, 2 class names and colours,
-3 one file, 4 the data sets, 5 views, 6 answers kept on disk and reading ahead, 7 drawing, 8 the
-command above.
-
 Images are uint8 tensors 3×H×W (RGB). Labels are int64 tensors H×W holding class indices 0…C-1, and
 VOID where a pixel has no class or counts for nothing. Only `SegmentationData.label` and `.objects`
 open ground truth; training never calls them, unless asked for (--use-ground-truth-void).
@@ -16,22 +12,18 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import errno
 import functools
 import hashlib
 import itertools
 import json
 import os
 import re
-import shutil
 import struct
 import sys
-import tempfile
 import time
 import unicodedata
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,18 +39,14 @@ from clip.shapes import SHAPES, TARGET, draw_seed, draw_shapes
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message says what is wrong, where, and what to do instead.
-
-    `clean_exit` turns it into one line on stderr and exit code 2.
-    """
+    """A mistake of the user's: the message says what is wrong, where, and what was expected."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose every complaint is a UserError, one line."""
+    """An argument parser whose every complaint is a UserError."""
 
     def error(self, message):
-        # "argument --epochs: is 0; …", from the types below, reads "--epochs is 0; …"
-        raise UserError(re.sub(r"^argument (\S+): is ", r"\1 is ", message))
+        raise UserError(message)
 
 
 def _number(kind, fits, expected):
@@ -66,10 +54,9 @@ def _number(kind, fits, expected):
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            text = kind(text)
-            if fits(text):
-                return text
-        raise argparse.ArgumentTypeError(f"is {text}; expected {expected}")
+            if fits(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}; expected {expected}")
 
     return parse
 
@@ -101,47 +88,38 @@ class Progress:
     def __init__(self, title, total, done=0):
         self.title, self.total, self.done, self.first = title, total, done, done
         self.start = self.shown = time.monotonic()
-        self.live = sys.stdout.isatty()
+
+    def _show(self, text, seconds, rest, end):
+        took = f"{seconds:.0f} s" if seconds < 99.5 else f"{seconds / 60:.0f} min"
+        print(f"{self.title} {self.done}/{self.total}{text}  {took}{rest}",
+              end="\x1b[K" + end if sys.stdout.isatty() else "\n", flush=True)
 
     def advance(self, n=1, text=None):
         """n more are done; text(): what else to show, asked for only when the line is shown."""
         self.done = min(self.total, self.done + n)  # n is a guess with several processes
         now = time.monotonic()
-        if now - self.shown > (0.3 if self.live else 5):
+        if now - self.shown > (0.3 if sys.stdout.isatty() else 5):
             self.shown = now
             left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
-            said = text() if text else ""
-            print(f"{self.title} {self.done}/{self.total}{said}  {clock(left)} left",
-                  end="\x1b[K\r" if self.live else "\n", flush=True)
+            self._show(text() if text else "", left, " left", "\r")
 
     def close(self):
         """Say how long it took, if there was anything to do."""
         if self.done > self.first:
-            print(f"{self.title} {self.done}/{self.total}  {clock(time.monotonic() - self.start)}",
-                  end="\x1b[K\n" if self.live else "\n", flush=True)
-
-
-def clock(seconds):
-    """Seconds as 4 s, 1:05 or 2:03:04."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{seconds:02}"
-    return f"{minutes}:{seconds:02}" if minutes else f"{seconds} s"
+            self._show("", time.monotonic() - self.start, "", "\n")
 
 
 @functools.cache
 def say_once(line):
     """Print a line, of several processes only by the first, and not again in the same command."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def clean_exit(main):
-    """Decorator for every script's main(): what a user can mend is one line on stderr, exit code 2.
+    """Decorator of every main(): what a user can mend is one line on stderr, and exit code 2.
 
-    That is a UserError, what the system refuses, and too little memory. Anything else is a mistake
-    of ours and keeps its traceback.
+    That is a UserError, what the system refuses, and too little memory.
     """
 
     @functools.wraps(main)
@@ -151,40 +129,23 @@ def clean_exit(main):
         say_once.cache_clear()
         try:
             result = main(*args, **kwargs)
-            print(end="", flush=True)  # here a reader that has left is noticed
+            print(end="", flush=True)  # here it shows if nobody reads on
             return result
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print("error: stopped, since nobody reads the output any more", file=sys.stderr)
-            raise SystemExit(2) from None
-        except (UserError, OSError, MemoryError, RuntimeError) as error:
-            line = explain(error)
-            if line is None:
-                raise
-            print(f"error: {line}", file=sys.stderr)
-            raise SystemExit(2) from None
+            line, code = "nobody reads the output any more", 2
         except KeyboardInterrupt:
-            print("\nstopped; repeat the command, and whatever it had saved is used",
-                  file=sys.stderr)
-            raise SystemExit(130) from None
+            line, code = "stopped; repeat the command, and whatever it had saved is used", 130
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            line, code = " ".join(str(error).split()), 2
+            if isinstance(error, MemoryError) or "out of memory" in line or "allocate" in line:
+                line = f"out of memory ({line[:80]}…); try a smaller --batch, --crop or --scale"
+            elif not isinstance(error, UserError) and not getattr(error, "strerror", None):
+                raise  # a mistake of ours keeps its traceback
+        print(f"error: {printable(line)}", file=sys.stderr)
+        raise SystemExit(code)
 
     return wrapper
-
-
-def explain(error):
-    """What an exception tells the user, in one line; None where there is nothing for them to do."""
-    text = printable(" ".join(str(error).split()))
-    if isinstance(error, UserError):
-        return printable(error)
-    if isinstance(error, OSError) and error.strerror:
-        where = f" {printable(error.filename)}" if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return (f"cannot write{where}: {error.strerror}; make room and repeat the command" if full
-                else f"cannot use{where}: {error.strerror}")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-        return (f"out of memory ({text[:80]}…); repeat the command with a smaller --batch, or, in "
-                "reclip.py, a smaller --crop and --scale")
-    return None
 
 
 def rank():
@@ -211,40 +172,44 @@ def barrier():
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A temporary path, which takes the place of `path` when all is written; on failure, nothing.
+def writing(path):
+    """What the system refuses inside becomes a UserError that names a path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
-    It holds the process's number, so two processes cannot mix what they write.
-    """
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path, of this process alone, which takes the place of `path` when all is written
+    to it. Raises UserError."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """Write a whole file under a temporary name, then rename it."""
+    """Write a whole file under a temporary name, then rename it. Raises UserError."""
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 
 def make_folder(path):
-    """Make a run's folder. Raises UserError where it cannot be made or written to."""
-    try:
+    """Make a folder to write to. Raises UserError."""
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from None
+    with replacing(path / ".writable") as temporary:
+        temporary.touch()
+    (path / ".writable").unlink()
 
 
 def fingerprint(*parts):
-    """A short name for strings, bytes and tensors, one after the other: others, another name.
-
-    The first 16 hex digits of their SHA-256; of tensors the bytes count, as they are.
-    """
+    """16 hex digits that tell strings, bytes and tensors, one after the other, from others."""
     digest = hashlib.sha256()
     for part in parts:
         if torch.is_tensor(part):
@@ -336,15 +301,12 @@ DATASETS = ("shapes", *CLASSES, "folder")
 def parse_classes(text):
     """The classes of a data set of one's own, each a string: one name, or several, see `names_of`.
 
-    text: "cat, dog, sofa", or the path of a file with a class a line ('#' starts a comment), in
-    which what follows a comma are further names of the same class; a file of a single line is a
-    list like the first. Of other files, see `_class_lines`. ';' counts as a comma, and inner runs
-    of blanks as one. Raises UserError for a file that cannot be read, an empty list, what is no
-    name, an empty or repeated one, or more classes than labels can hold.
+    text: "cat, dog, sofa", or the path of a file with a class a line, in which what follows a comma
+    are further names of the same class; a file of a single line is a list like the first. Raises
+    UserError for what cannot be read, is no name, is repeated, or is more than labels can hold.
     """
-    file = user_path(text)
-    where, lines = f"--classes \"{text}\"", [text]
-    if os.path.isfile(file):
+    file, where, lines = user_path(text), f"--classes \"{text}\"", [text]
+    if file.is_file():
         where = f"the file {text}"
         try:
             lines = _class_lines(file.read_text(encoding="utf-8-sig"), where)
@@ -354,55 +316,48 @@ def parse_classes(text):
         raise UserError(f"no file {text}; --classes takes names (\"cat, dog\") or a text file")
     lines = [line.replace(";", ",") for line in lines if line.strip()]
     lines = lines[0].split(",") if len(lines) == 1 else lines
-    classes, seen = [[" ".join(name.split()) for name in line.split(",")] for line in lines], set()
-    if not classes:
-        raise UserError(f"no class names in {where}; expected for example \"cat, dog, sofa\"")
-    for k, name in ((k, name) for k, names in enumerate(classes, 1) for name in names):
-        if not name:
-            raise UserError(f"a name of class {k} is empty in {where}")
-        if name.lower() in seen:
-            raise UserError(f"class name \"{name}\" is repeated in {where}")
-        if not name.isprintable() or re.search(r"[][{}<>:=\"]|^_|^[\d.]+ [\d.]+", name):
+    classes = [[" ".join(name.split()) for name in line.split(",")] for line in lines]
+    if not 0 < len(classes) <= VOID:
+        raise UserError(f"{len(classes)} classes in {where}; expected 1 to {VOID}")
+    names = collections.Counter(name.lower() for names in classes for name in names)
+    for name, n in names.items():
+        if not name.isprintable() or re.search(r"^$|[][{}<>:=\"]|^_|^[\d.]+ [\d.]+", name):
             raise UserError(f"\"{name}\" in {where} is no class name; expected a class a line, or "
                             "names between commas")
-        seen.add(name.lower())
-    if len(classes) > VOID:
-        raise UserError(f"{len(classes)} classes in {where}; at most {VOID} fit in 8-bit labels")
+        if n > 1:
+            raise UserError(f"class name \"{name}\" is repeated in {where}")
     return [", ".join(names) for names in classes]
 
 
 def _class_lines(text, where):
-    """The lines of a class file, one a class; of files that tools have written what is meant.
+    """The lines of a class file, one a class. '#' starts a comment; of tools' files what is meant:
 
-    These are a JSON list; YOLO's data.yaml; tables with a column Name or Class, as ADE20K's and
-    Roboflow's; numbered lines; CamVid's colours; labelme's list, without what it ignores.
+    a JSON list; YOLO's data.yaml; a table with a column Name or Class, as ADE20K's and Roboflow's;
+    numbered lines; lines after CamVid's colours; labelme's list.
     """
     listed = re.search(r'(?:\A|^\s*"?names"?\s*:)\s*\[(.*?)\]', text, re.S | re.M)
     if listed:
-        names = re.findall(r'"([^"]*)"|\'([^\']*)\'|([^,\s][^,\n]*)', listed[1])
-        return ["".join(name) for name in names]
+        return re.findall(r"[^\s,'\"][^,'\"\n]*", listed[1])
     lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
     lines = [line for line in lines if line]
-    for k, line in enumerate(lines):
-        if re.match(r"names\s*:$", line):
-            below = itertools.takewhile(lambda line: line[0] in " \t-", lines[k + 1:])
-            lines = [re.sub(r"^\s*(-\s+)?(['\"]?)(.*)\2$", r"\3", line) for line in below]
-            break
-    cut = "\t" if "\t" in lines[0] else ","
-    column = [cell.strip().lower() in ("name", "class") for cell in lines[0].split(cut)]
-    if len(column) > 1 and any(column):
-        lines = [line.split(cut)[column.index(True)] for line in lines[1:]]
-    numbers = [re.match(r"\s*(\d+)\s*[:,.)\s]\s*(?=\D)", line) for line in lines]
-    if all(numbers) and [int(m[1]) - int(numbers[0][1]) for m in numbers] == [*range(len(lines))]:
-        lines = [re.sub(r"^(['\"])(.*)\1$", r"\2", m.string[m.end():]) for m in numbers]
-    colours = re.compile(r"\s*\d+[\s,]+\d+[\s,]+\d+[\s,]+(?=\D)")
-    if all(map(colours.match, lines)):
-        lines = [colours.sub("", line) for line in lines]
-    out = [line.strip() for line in lines if re.fullmatch(r"\s*_+(ignore|background)_+\s*", line)]
+    if "names:" in lines:
+        below = itertools.takewhile(lambda line: line[0] in " -", lines[lines.index("names:") + 1:])
+        lines = [line.strip(" -") for line in below]
+    header = "".join(lines[:1]).lower()
+    cells = [cell.strip() for cell in re.split("[\t,]", header)]
+    column = next((k for k, cell in enumerate(cells) if cell in ("name", "class")), None)
+    if len(cells) > 1 and column is not None:
+        lines = [line.split("\t" if "\t" in header else ",")[column] for line in lines[1:]]
+    heads = [re.match(r"\s*(?:\d+[\s,:.)]+)*", line)[0] for line in lines]
+    numbers = [[int(number) for number in re.findall(r"\d+", head)] for head in heads]
+    if (numbers == [[k + sum(numbers[0])] for k in range(len(lines))]
+            or all(len(colour) == 3 for colour in numbers)):
+        lines = [line[len(head):] for line, head in zip(lines, heads)]
+    lines = [line.strip(" \t'\"") for line in lines]
+    out = [line for line in lines if re.fullmatch(r"_+(ignore|background)_+", line)]
     if out:
-        say_once(f"no classes in {where}: {', '.join(out)}; where labels number them, see "
-                 "--labels-offset")
-    return [line for line in lines if line.strip() not in out]
+        say_once(f"no classes in {where}: {', '.join(out)}; see --labels-offset")
+    return [line for line in lines if line not in out]
 
 
 def names_of(cls):
@@ -420,30 +375,28 @@ def called(cls):
     return names_of(cls)[0]
 
 
-CITYSCAPES_PALETTE = torch.tensor([  # the official colours, in the order of the train ids
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
-    (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
-    (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
-    (0, 80, 100), (0, 0, 230), (119, 11, 32)], dtype=torch.uint8)
-SHAPES_PALETTE = torch.tensor([
-    (214, 39, 40), (31, 119, 180), (60, 60, 60), (44, 160, 44), (255, 221, 60), (255, 127, 14),
-    (240, 110, 200), (140, 86, 75), (148, 103, 189), (23, 190, 207)], dtype=torch.uint8)
-
-
-def palette(num_classes):
-    """uint8 C×3: class k gets colour k+1 of the PASCAL VOC map (colour 0, black, is background).
-
-    The VOC map deals the bits of the index to R, G, B in turn, from the highest bit of each down.
-    """
-    index = torch.arange(1, num_classes + 1)
-    return torch.stack([sum((index >> 3 * i + channel & 1) << 7 - i for i in range(8))
-                        for channel in range(3)], 1).to(torch.uint8)
+PALETTES = {  # the demo's, and Cityscapes' official one, in the order of the train ids
+    "shapes": [
+        (214, 39, 40), (31, 119, 180), (60, 60, 60), (44, 160, 44), (255, 221, 60), (255, 127, 14),
+        (240, 110, 200), (140, 86, 75), (148, 103, 189), (23, 190, 207)],
+    "cityscapes": [
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+        (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
+        (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+        (0, 80, 100), (0, 0, 230), (119, 11, 32)]}
 
 
 def dataset_palette(name, num_classes):
-    """The colours of a data set's classes, uint8 C×3: its own where it has some, else VOC's."""
-    own = {"cityscapes": CITYSCAPES_PALETTE, "shapes": SHAPES_PALETTE}.get(name, ())
-    return own if len(own) == num_classes else palette(num_classes)
+    """The colours of a data set's classes, uint8 C×3: its own where it has some, else VOC's.
+
+    There class k has colour k+1 (0, black, is background), which deals the bits of the index to R,
+    G, B in turn, from the highest bit of each down.
+    """
+    if len(PALETTES.get(name, ())) == num_classes:
+        return torch.tensor(PALETTES[name], dtype=torch.uint8)
+    index = torch.arange(1, num_classes + 1)
+    return torch.stack([sum((index >> 3 * i + channel & 1) << 7 - i for i in range(8))
+                        for channel in range(3)], 1).to(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -460,27 +413,25 @@ MARK = "Software", "ReCLIP"  # a text in every PNG that `save_picture` writes
 @contextlib.contextmanager
 def _opened(path, what="image"):
     """An opened PIL image; every way in which it can be broken is a UserError."""
-    PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # room for long descriptions and colour profiles, none
-    PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28  # for what inflates without end
+    PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # room for long descriptions and colour profiles
     warnings.filterwarnings("ignore", module="PIL")  # about what is odd in a file, but legible
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"cannot read {what} {path}: it is no file")  # a pipe may never end
+            raise ValueError("it is no file")  # a pipe may never end
         with Image.open(path) as image:
             yield image
-    except (UserError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
-        reason = getattr(error, "strerror", None) or f"{error}; is it damaged?"
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {what} {path}: {reason}") from None
 
 
 def read_image(path, turn=True):
-    """Read any photograph as uint8 3×H×W, RGB.
+    """Read any photograph as uint8 3×H×W, RGB; turned as its EXIF orientation says, or as stored.
 
-    turn: as its EXIF orientation says; else it comes as it is stored. Grey, palette and CMYK images
-    become RGB; transparent ones are laid on white; of 16-bit values the high byte is kept. Raises
-    UserError, naming the file, if it is missing, truncated, empty or no image.
+    Grey, palette and CMYK images become RGB; transparent ones are laid on white; of 16-bit values
+    the high byte is kept. Raises UserError, naming the file, if it cannot be read.
     """
     with _opened(path) as image:
         image.load()
@@ -488,8 +439,7 @@ def read_image(path, turn=True):
         if image.mode == "F" or image.mode.startswith("I"):
             values = np.asarray(image)
             if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-                raise UserError(f"cannot read image {path}: it does not hold whole numbers of 8 or "
-                                "16 bits; convert it")
+                raise ValueError("expected whole numbers of 8 or 16 bits; convert it")
             image = Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -498,49 +448,45 @@ def read_image(path, turn=True):
     return torch.from_numpy(pixels)
 
 
-def image_header(path):
-    """(H, W) of an image as it is stored, and its EXIF orientation, 1 to 8. Raises UserError."""
-    with _opened(path) as image:
-        # a TIFF is turned by Pillow itself
-        value = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation)
-        return image.size[::-1], value if value in range(1, 9) else 1
+def _orientation(image):
+    """EXIF orientation of an opened PIL image, 1 to 8; of a TIFF 1, as Pillow turns it itself."""
+    return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def image_size(path, turn=True):
     """(H, W) as `read_image` will return it. Raises UserError."""
-    size, orientation = image_header(path)
-    return size[::-1] if turn and orientation > 4 else size
+    with _opened(path) as image:
+        return image.size if turn and _orientation(image) in (5, 6, 7, 8) else image.size[::-1]
 
 
-def read_label(path, orientation=1):
+def read_label(path, like=None):
     """Read a label map as int64 H×W of the values stored in it, palette indices staying indices.
 
-    orientation: turn it as this EXIF orientation says. Raises UserError, naming the file, for an
+    like: the photograph whose EXIF orientation turns it. Raises UserError, naming the file, for an
     unreadable file or one with colours for values.
     """
     with _opened(path, "label") as image:
         if image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
-            raise UserError(f"label {path} is a {image.mode} picture; expected one channel of "
-                            "class ids (a grey or palette PNG)")
-        image.load()
-        image.getexif()[ExifTags.Base.Orientation] = orientation
-        return torch.from_numpy(np.array(ImageOps.exif_transpose(image)).astype(np.int64))
+            raise ValueError(f"a {image.mode} picture; expected one channel of class ids")
+        if like is not None:
+            with _opened(like) as photograph:
+                image.getexif()[ExifTags.Base.Orientation] = _orientation(photograph)
+            image = ImageOps.exif_transpose(image)
+        return torch.from_numpy(np.array(image).astype(np.int64))
 
 
 def save_picture(picture, path):
     """Write a PIL image as PNG under a temporary name, then rename it. MARK says who made it."""
     info = PngImagePlugin.PngInfo()
     info.add_text(*MARK)
-    with replacing(path) as temporary:
-        # a quarter of the usual level's time, and a quarter more bytes
+    with replacing(path) as temporary:  # level 2: a quarter of the time, a quarter more bytes
         picture.save(temporary, format="PNG", pnginfo=info, compress_level=2)
 
 
 def _made_here(path):
     """Whether `save_picture` wrote a file."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # reading it will say why
+    with open(path, "rb") as file:
         return "\0".join(MARK).encode() in file.read(100)
-    return False
 
 
 def list_folder(folder, suffix):
@@ -551,119 +497,93 @@ def list_folder(folder, suffix):
     entered, and of photographs other kinds of files and the pictures that these scripts have made.
     """
     ids, seen, left, closed = [], set(), collections.Counter(), []
+    photos = isinstance(suffix, tuple)
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=closed.append):
         if os.path.realpath(parent) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
         left.update(f"folder {name}" for name in folders if name.lower() in BINS)
-        folders[:] = sorted(
-            (name for name in folders if not name.startswith(".") and name.lower() not in BINS),
-            key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        for name in files:
-            kind, file = os.path.splitext(name)[1].lower(), Path(parent, name)
-            single = isinstance(suffix, str)
-            if name.startswith("."):
-                continue
-            if not (name.endswith(suffix) if single else kind in suffix):
-                left[kind or "without an ending"] += not single and kind not in NO_PICTURES
-            elif os.path.islink(file) and not os.path.exists(file):
-                left["link to nowhere"] += 1
-            elif not single and kind == ".png" and _made_here(file):
+        folders[:] = [name for name in folders if name.lower() not in BINS and name[0] != "."]
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        for name in (name for name in files if name[0] != "."):
+            file, kind = Path(parent, name), os.path.splitext(name)[1].lower()
+            if not (kind in suffix if photos else name.endswith(suffix)):
+                left[kind or "without an ending"] += photos and kind not in NO_PICTURES
+            elif file.is_symlink() and not file.exists():
+                left[f"link to nowhere {name}"] += 1
+            elif photos and kind == ".png" and _made_here(file):
                 left["made by this program"] += 1
             else:
                 i = file.relative_to(folder).as_posix()
-                ids.append(i.removesuffix(suffix) if single else i)
-    told = [f"{n} {printable(kind)}" for kind, n in left.items() if n]
-    told += [f"folder {printable(error.filename)} ({error.strerror})" for error in closed]
+                ids.append(i if photos else i.removesuffix(suffix))
+    told = [f"{n} {kind}" for kind, n in left.items() if n]
+    told += [f"folder {error.filename} ({error.strerror})" for error in closed
+             if not isinstance(error, FileNotFoundError)]
     if told:
-        say_once(f"left out: {', '.join(sorted(told))}, in {printable(folder)}")
+        say_once(f"left out: {', '.join(sorted(told))}, in {folder}")
     return sorted(ids)
 
 
 # ------------------------------------------------------------------------------------------------
 # 4. The data sets
-#
-# How stored label values become class indices: a table of 256 entries, -1 for a value that must not
-# occur.
 
 
-def _table(mapping):
+def id_table(raws, void=()):
+    """Class indices of the 256 values that labels can store, -1 for one that must not occur.
+
+    raws: C values or lists of values, those of class k; void: values that count for nothing.
+    """
     table = torch.full((256,), -1)
-    for raw, index in mapping.items():
-        table[raw] = index
-    table[VOID] = VOID
+    table[[*void, VOID]] = VOID
+    for k, raw in enumerate(raws):
+        table[raw] = k
     return table
 
 
-def _expand(text):
-    """"97 106-107" -> [97, 106, 107]"""
-    ranges = [part.split("-") for part in text.split()]
-    return [i for r in ranges for i in range(int(r[0]), int(r[-1]) + 1)]
+CITYSCAPES_IDS = id_table(
+    [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33], void=range(34))
+STUFF_IDS = id_table([sum((list(range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1))
+                           for part in ids.split()), []) for ids in STUFF.values()])
+STUFF171_IDS = id_table(sorted({*range(182)} - STUFF_UNUSED))
 
-
-def train_ids(num_classes):
-    """Stored as they are: k is class k."""
-    return _table({k: k for k in range(num_classes)})
-
-
-def shifted_ids(num_classes):
-    """0 is background or "other", which counts for nothing; k is class k-1."""
-    return _table({0: VOID, **{k + 1: k for k in range(num_classes)}})
-
-
-CITYSCAPES_IDS = _table({raw: VOID for raw in range(34)} | {raw: k for k, raw in enumerate(
-    [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])})
-
-STUFF_IDS = _table({raw: k for k, ids in enumerate(STUFF.values()) for raw in _expand(ids)})
-STUFF171_RAW = sorted({*range(182)} - STUFF_UNUSED)
-STUFF171_IDS = _table({raw: k for k, raw in enumerate(STUFF171_RAW)})
-
-
-class Tree(NamedTuple):
-    """Where a data set keeps what; {} in a path stands for the split's own name."""
-
-    places: tuple  # where under --data-root the tree may lie
-    images: str  # the folder of the images ID + suffix
-    suffix: str
-    labels: tuple  # (folder, suffix, table): of these files the first that exists is the label
-    splits: dict = {"train": "train", "val": "val"}  # our names of the splits and the tree's
-    lists: str = ""  # the file that lists the ids of a split; none: all images in the folder
-    instances: str = ""  # masks ID.png that tell the objects of an image apart, if there are any
-
-
+# Where data sets keep what; {} in a path stands for the split's own name. places: where under
+# --data-root the tree may lie; images: the folder of the images ID + suffix; labels: (folder,
+# suffix, table), of these files the first that exists is the label; splits: our names and the
+# tree's; lists: the file that lists the ids, none: all images in the folder; instances: masks
+# ID.png that tell the objects of an image apart.
+Tree = collections.namedtuple("Tree", "places images suffix labels splits lists instances",
+                              defaults=({"train": "train", "val": "val"}, "", "none"))
 TREES = {
     "voc": Tree(("VOCdevkit/VOC2012", "VOC2012", "."), "JPEGImages", ".jpg",
-                (("SegmentationClass", ".png", shifted_ids(20)),
-                 ("SegmentationClassAug", ".png", shifted_ids(20))),
+                (("SegmentationClass", ".png", id_table(range(1, 21), [0])),
+                 ("SegmentationClassAug", ".png", id_table(range(1, 21), [0]))),
                 {"train": "train", "val": "val", "trainaug": "trainaug"},
                 "ImageSets/Segmentation/{}.txt", "SegmentationObject"),
     "context": Tree(("VOCdevkit/VOC2010", "VOC2010", "."), "JPEGImages", ".jpg",
-                    (("SegmentationClassContext", ".png", shifted_ids(59)),),
+                    (("SegmentationClassContext", ".png", id_table(range(1, 60), [0])),),
                     lists="ImageSets/SegmentationContext/{}.txt"),
     "ade": Tree(("ADEChallengeData2016", "."), "images/{}", ".jpg",
-                (("annotations/{}", ".png", shifted_ids(150)),),
+                (("annotations/{}", ".png", id_table(range(1, 151), [0])),),
                 {"train": "training", "val": "validation"}),
     "cityscapes": Tree((".", "cityscapes"), "leftImg8bit/{}", "_leftImg8bit.png",
-                       (("gtFine/{}", "_gtFine_labelTrainIds.png", train_ids(19)),
-                        ("gtFine/{}", "_labelTrainIds.png", train_ids(19)),
+                       (("gtFine/{}", "_gtFine_labelTrainIds.png", id_table(range(19))),
+                        ("gtFine/{}", "_labelTrainIds.png", id_table(range(19))),
                         ("gtFine/{}", "_gtFine_labelIds.png", CITYSCAPES_IDS))),
     "stuff": Tree(("images", "."), "{}", ".jpg",
-                  (("annotations/{}", "_27labelTrainIds.png", train_ids(27)),
-                   ("annotations/{}", "_labelTrainIds.png",  # mmsegmentation's, of 171 classes
-                    _table({k: int(STUFF_IDS[raw]) for k, raw in enumerate(STUFF171_RAW)})),
+                  (("annotations/{}", "_27labelTrainIds.png", id_table(range(27))),
                    ("annotations/{}", ".png", STUFF_IDS),
                    ("stuffthingmaps/{}", ".png", STUFF_IDS)),
                   {"train": "train2017", "val": "val2017"}),
+    "folder": Tree((".",), ".", PHOTOS, ()),
 }
 TREES["stuff171"] = TREES["stuff"]._replace(labels=(
-    ("annotations/{}", "_labelTrainIds.png", train_ids(171)),
+    ("annotations/{}", "_labelTrainIds.png", id_table(range(171))),  # mmsegmentation's
     ("annotations/{}", ".png", STUFF171_IDS), ("stuffthingmaps/{}", ".png", STUFF171_IDS)))
-
-# What labels of one's own are called beside ID.png: usual tails and endings, in any case.
+# What labels of one's own are called: ID and one of these, in any case.
 LABEL_NAMES = [tail + ending for tail in (
-    "", "_mask", "_masks", "_label", "_labels", "_seg", "_segmentation", "_gt", "_L", "-mask",
-    "_gtFine_labelTrainIds", "_labelTrainIds", "_gtFine_labelIds", "_labelIds")
+    "", "_mask", "-mask", "_label", "_labels", "_seg", "_gt", "_L", "_gtFine_labelTrainIds",
+    "_labelTrainIds", "_gtFine_labelIds", "_labelIds")
     for ending in (".png", ".bmp", ".tif", ".tiff", ".gif")]
 
 
@@ -671,7 +591,8 @@ class SegmentationData:
     """Images, and labels where there are any, of one split of a data set.
 
     name, split: as in `open_dataset`; classes: C names; palette: uint8 C×3; ids: one per image,
-    unique, in a fixed order; everything stored about an image is keyed by its id.
+    unique, in a fixed order; everything stored about an image is keyed by its id. Photographs of
+    one's own are turned as EXIF says; those of benchmarks are as stored, as their labels are.
 
     image_file: (folder, suffix), image i is folder/ID + suffix; without a suffix ids have endings.
     label_files: [(folder, suffix, table)], the label is the first of these files that exists.
@@ -680,18 +601,15 @@ class SegmentationData:
 
     def __init__(self, name, split, classes, ids, image_file, label_files=(), instances=None):
         self.name, self.split, self.classes, self.ids = name, split, list(classes), list(ids)
-        self.image_file, self.label_files = image_file, list(label_files)
-        self.instances, self.palette = instances, dataset_palette(name, len(classes))
-        # Photographs of one's own are turned as EXIF says; the benchmarks' labels fit stored ones.
-        self.turn = name == "folder"
+        self.image_file, self.label_files, self.instances = image_file, label_files, instances
+        self.palette, self.turn = dataset_palette(name, len(classes)), name == "folder"
 
     def __len__(self):
         return len(self.ids)
 
     def image_path(self, index):
         """Where an image lies."""
-        folder, suffix = self.image_file
-        return os.path.join(folder, self.ids[index] + suffix)
+        return os.path.join(self.image_file[0], self.ids[index] + self.image_file[1])
 
     def image(self, index):
         """uint8 3×H×W. Raises UserError for a file that cannot be read."""
@@ -703,66 +621,45 @@ class SegmentationData:
 
     @functools.cached_property
     def fingerprint(self):
-        """A short name for which images these are: others, another name.
-
-        From their ids, and in a folder of one's own, where names tell little, from the files' sizes
-        too; no image is opened.
-        """
-        ids = "\n".join(self.ids)
-        if self.name != "folder":
-            return fingerprint(ids)
-        sizes = [os.path.getsize(self.image_path(i)) for i in range(len(self))]
-        return fingerprint(ids, repr(sizes))
+        """A short name for which images these are, from their ids and, in a folder of one's own,
+        the files' sizes; no image is opened."""
+        sizes = [os.path.getsize(self.image_path(i)) for i in range(len(self)) if self.turn]
+        return fingerprint("\n".join(self.ids), repr(sizes) if self.turn else "")
 
     @functools.cached_property
-    def _label_index(self):
-        """{folder: {relative path: itself}} of all files in the folders of labels; paths stand in
-        it as they are and, for other spellings, as `folded`. Opens none.
-        """
+    def _beside(self):
+        """{folder: {name: name}} of the files where labels may be; as they are and as `folded`."""
         files = {folder: list_folder(folder, "") for folder, _, _ in self.label_files}
-        return {folder: {folded(f): f for f in inside} | {f: f for f in inside}
-                for folder, inside in files.items()}
+        return {folder: {folded(name): name for name in names} | {name: name for name in names}
+                for folder, names in files.items()}
 
     def label_path(self, index):
-        """(path, table) of the label, or None if there is none. Opens nothing."""
+        """(path, table) of the label, or None if there is none. Looks at names, opens nothing."""
         names = [self.ids[index]]
-        if not self.image_file[1]:  # ID.jpg.png, ID.png
-            names += [os.path.splitext(names[0])[0]]
-            names += [names[1].removesuffix("_leftImg8bit")]
-        for folder, suffix, table in self.label_files:
-            files = self._label_index[folder]
-            for name in names:
-                file = files.get(name + suffix) or files.get(folded(name + suffix))
-                if file and Path(folder, file) != Path(self.image_path(index)):
-                    return os.path.join(folder, file), table
+        names += [os.path.splitext(names[0])[0]] if self.turn else []  # ID.jpg.png, ID.png
+        for (folder, suffix, table), name in itertools.product(self.label_files, names):
+            files, name = self._beside[folder], name + suffix
+            file = files.get(name) or files.get(folded(name))
+            if file and os.path.join(folder, file) != self.image_path(index):
+                return os.path.join(folder, file), table
         return None
 
     @functools.cached_property
     def has_labels(self):
-        """Whether this split can be evaluated. Looks for the files' names, opens none.
+        """Whether this split can be evaluated. Looks at names, opens nothing.
 
-        Raises UserError if only some images have labels, or if what lies there fits none.
+        Raises UserError if only some images have labels, or if what is there fits none.
         """
-        labels = [self.label_path(i) for i in range(len(self))]
-        used = {os.path.join(*pair) for pair in ()} | {found[0] for found in labels if found}
-        others = [os.path.join(folder, file) for folder, files in self._label_index.items()
-                  for file in sorted(set(files.values()))
-                  if os.path.join(folder, file) not in used]
-        if None not in labels:
-            return True
-        if not (used or others or self.name == "folder" and self.label_files):
-            return False
-        missing = labels.count(None)
-        raise UserError(f"{missing} of {len(self)} images of {self.name} {self.split} have no "
-                        f"label, the first {self.ids[labels.index(None)]}; expected "
-                        f"{self._expected(labels.index(None))}; of other names there is "
-                        f"{others[0] if others else 'nothing there'}")
-
-    def _expected(self, index):
-        """Where the label of an image may be, in words."""
-        name = os.path.splitext(self.ids[index])[0] if not self.image_file[1] else self.ids[index]
-        paths = [os.path.join(folder, name + suffix) for folder, suffix, _ in self.label_files]
-        return " or ".join(paths[:3]) + " …" * (len(paths) > 3)
+        found = [self.label_path(i) for i in range(len(self))]
+        others = {os.path.join(folder, name) for folder, names in self._beside.items()
+                  for name in names.values()}.difference(path for path, _ in filter(None, found))
+        if None not in found or not (any(found) or others):
+            return None not in found
+        i, (folder, suffix, _) = found.index(None), self.label_files[0]
+        name = os.path.splitext(self.ids[i])[0] if self.turn else self.ids[i]
+        raise UserError(f"{found.count(None)} of {len(self)} labels of {self.name} {self.split} "
+                        f"are missing, the first {os.path.join(folder, name + suffix)}; other "
+                        f"files there: {min(others, default='none')}; see README, Data sets")
 
     def label(self, index):
         """int64 H×W, values 0…C-1 and VOID. Opens the label file.
@@ -770,22 +667,16 @@ class SegmentationData:
         Raises UserError for a missing or unreadable file, an id that the data set does not have,
         and a size other than the image's.
         """
-        found = self.label_path(index)
-        if found is None:
-            raise UserError(f"no label for image {self.ids[index]} of {self.name}; expected "
-                            f"{self._expected(index) or 'none: it has no labels'}; "
-                            "see README, Data sets")
-        path, table = found
-        raw = self._read_map("label", path, index)
+        path, table = self.label_path(index) or (None, None)
+        if path is None:
+            raise UserError(f"no label for image {self.ids[index]} of {self.name} {self.split}")
+        raw, C = self._map(path, index), len(self.classes)
         label = table[raw.clamp(0, 255)]
-        wrong = (label < 0) | (raw > 255) | (raw < 0)
-        if wrong.any():
-            C, value = len(self.classes), int(raw[wrong].max())
-            offset = self.name == "folder" and value == C and label.min() >= -1 and table[0] == 0
-            raise UserError(
-                f"label {path} holds the id {value}, and {self.name} has {C} classes"
-                + (f"; if 0 is background there and the classes are 1 to {C}, --labels-offset 1"
-                   if offset else "; see README, Data sets"))
+        wrong = raw[(label < 0) | (raw > 255) | (raw < 0)]
+        if len(wrong):
+            offset = wrong.max() == C and self.name == "folder" and table[0] == 0
+            raise UserError(f"label {path} holds the id {wrong.max()}, and {self.name} has {C} "
+                            f"classes{'; is 0 background? --labels-offset 1' if offset else ''}")
         return label
 
     def objects(self, index):
@@ -796,32 +687,22 @@ class SegmentationData:
         """
         if self.instances is None:
             return connected_regions(self.label(index))
-        path = os.path.join(self.instances, self.ids[index] + ".png")
-        raw = self._read_map("instance mask", path, index)
+        raw = self._map(os.path.join(self.instances, self.ids[index] + ".png"), index)
         return raw.masked_fill(raw == VOID, 0)
 
-    def _read_map(self, what, path, index):
-        """What `read_label` gives, of the size of image(index) and turned as that. UserError.
-
-        A map of one's own may have been drawn on the photograph as it is stored or on the turned
-        one, as `evaluate.py --images` does; where both have the same size, nobody can tell.
-        """
+    def _map(self, path, index):
+        """What `read_label` gives, of the size of image(index). Raises UserError."""
         raw, size = read_label(path), self.size(index)
-        stored, orientation = image_header(self.image_path(index))
-        if self.turn and orientation > 1 and raw.shape == stored and not _made_here(path):
-            if stored == size:
-                raise UserError(f"{what} {path}: its image is turned by EXIF (orientation "
-                                f"{orientation}), and it may be drawn on the turned one or not; "
-                                "save the image without EXIF")
-            raw = read_label(path, orientation)
+        if raw.shape != size and self.turn:  # drawn on the photograph as it is stored?
+            raw = read_label(path, like=self.image_path(index))
         if raw.shape != size:
-            raise UserError(f"{what} {path} is {raw.shape[1]}×{raw.shape[0]} pixels, its image "
+            raise UserError(f"{path} is {raw.shape[1]}×{raw.shape[0]} pixels, its image "
                             f"{size[1]}×{size[0]}")
         return raw
 
 
 def folded(name):
-    """A file's name, for comparing it with others: without case, accents in one spelling."""
+    """A file's name for comparisons: without case, and with accents in one spelling."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -835,13 +716,10 @@ def connected_regions(label):
     H, W = label.shape
     flat = F.pad(label, (0, 1), value=-1).flatten()  # the rim keeps rows apart
     run = F.pad((flat[1:] != flat[:-1]).long(), (1, 0)).cumsum(0)
-    count, pairs = int(run[-1]) + 1, []
-    for step in (W, W + 1, W + 2):  # lower left, below, lower right
-        same = flat[:-step] == flat[step:]
-        pairs.append(run[:-step][same] * count + run[step:][same])
-    pairs = torch.cat(pairs).unique()
-    a, b = pairs // count, pairs % count
-    root, known = torch.arange(count), None
+    pairs = [torch.stack([run[:-step], run[step:]])[:, flat[:-step] == flat[step:]]
+             for step in (W, W + 1, W + 2)]  # lower left, below, lower right
+    a, b = torch.cat(pairs, 1).unique(dim=1)
+    root, known = torch.arange(int(run[-1]) + 1), None
     while known is None or not torch.equal(root, known):
         known, lowest = root, torch.minimum(root[a], root[b])
         root = root.scatter_reduce(0, known[a], lowest, "amin")
@@ -867,104 +745,75 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0, labels=No
     of which both splits are all images: classes, as `parse_classes` gives them; labels: the folder
     of the labels, called as LABEL_NAMES, if there are some; offset: 0, or 1 where class k is stored
     as k+1 and 0 counts for nothing. Raises UserError for a tree that is missing or not as expected,
-    or that has no images, and for `labels` that do not fit the images.
+    or that has no images, and for labels that do not fit the images.
     """
     check_dataset(name)
     splits = TREES[name].splits if name in TREES else ("train", "val")
     if split not in splits:
         raise UserError(f"no split \"{split}\"; there are {' and '.join(splits)}")
-    for flag, value in (("classes", classes), ("labels", labels)):
-        if value is not None and name != "folder":
-            raise UserError(f"--{flag} goes with --dataset folder; {name} has its own "
-                            f"{'class names' if flag == 'classes' else 'labels'}")
+    if name != "folder" and (classes is not None or labels is not None):
+        raise UserError(f"--classes and --labels go with --dataset folder; {name} has its own")
+    if name == "folder" and classes is None:
+        raise UserError("--dataset folder needs --classes, for example --classes \"cat, dog\"")
     if name == "shapes":
         return Shapes(split, seed)
-    if name == "folder":
-        return _open_folder(root, split, classes, labels, offset)
-
     tree, own = TREES[name], splits[split]
     images, listed = tree.images.format(own), tree.lists.format(own)
-    place = _find_tree(name, root, tree.places, images)
+    if root is None:
+        raise UserError(f"--dataset {name} needs --data-root, the folder that holds it")
+    places = [user_path(root) / place for place in tree.places]
+    place = next((place for place in places if (place / images).is_dir()), None)
+    if place is None:
+        raise UserError(f"no {name} in --data-root {root}: expected a folder {places[0] / images}; "
+                        "see README, Data sets")
     # with COCO's images in a folder of their own the labels lie beside that
     top = place.parent if "images" in tree.places and place.name == "images" else place
-    if listed:
-        ids, present = _read_list(place / listed, tree.suffix), set(os.listdir(place / images))
-        missing = [i for i in ids if i + tree.suffix not in present]
-        if missing:
-            raise UserError(f"{len(missing)} of the {len(ids)} images in {place / listed} are "
-                            f"missing, the first {place / images / missing[0]}{tree.suffix}")
-    else:
-        ids = list_folder(place / images, tree.suffix)
-    if not ids:
-        raise UserError(f"no images of {name} {split} in {place / (listed or images)}; expected "
-                        f"ID{tree.suffix}; see README, Data sets")
-    label_files = [(top / folder.format(own), suffix, table)
-                   for folder, suffix, table in tree.labels]
-    instances = place / tree.instances if tree.instances else None
-    return SegmentationData(name, split, CLASSES[name], ids, (place / images, tree.suffix),
-                            label_files, instances if instances and instances.is_dir() else None)
-
-
-def _open_folder(root, split, classes, labels, offset):
-    """`open_dataset` for a folder of one's own."""
-    if classes is None:
-        raise UserError("--dataset folder needs --classes, for example --classes \"cat, dog\"")
-    root = _find_tree("folder", root, (".",), ".")
-    ids, label_files = list_folder(root, PHOTOS), []
+    ids = (_read_list(place / listed, place / images, tree.suffix) if listed else
+           list_folder(place / images, tree.suffix))
+    data = SegmentationData(
+        name, split, classes or CLASSES[name], ids,
+        (place / images, "" if tree.suffix == PHOTOS else tree.suffix),
+        [(top / folder.format(own), suffix, table) for folder, suffix, table in tree.labels],
+        place / tree.instances if (place / tree.instances).is_dir() else None)
     if labels is not None:
-        labels = user_path(labels)
-        if not labels.is_dir():
-            raise UserError(f"no folder {labels}; --labels is the folder of ID.png for each ID")
-        if offset and len(classes) == VOID:
-            raise UserError(f"--labels-offset 1: 8-bit labels hold {VOID - 1} classes then")
-        table = (shifted_ids if offset else train_ids)(len(classes))
-        label_files = [(labels, name, table) for name in LABEL_NAMES]
-        # labels among the photographs are none
-        found = SegmentationData("folder", split, classes, ids, (root, ""), label_files)
-        found = [found.label_path(i) for i in range(len(ids))]
-        found = {os.path.realpath(path) for path, _ in filter(None, found)}
-        below = os.path.realpath(labels) + os.sep
-        below = below if os.path.realpath(labels).startswith(os.path.realpath(root) + os.sep) else 0
-        real = [os.path.realpath(root / i) for i in ids]
-        ids = [i for i, path in zip(ids, real)
-               if path not in found and not (below and path.startswith(below))]
-    if not ids:
-        raise UserError(f"no images of folder {split} in {root}; expected {', '.join(PHOTOS)}; "
-                        "see README, Data sets")
-    data = SegmentationData("folder", split, classes, ids, (root, ""), label_files)
-    return data if labels is None or data.has_labels else data
+        _add_labels(data, user_path(labels), offset)
+    if not data.ids:
+        raise UserError(f"no images of {name} {split} in {place / (listed or images)}; expected "
+                        f"ID and {tree.suffix}; see README, Data sets")
+    return data
 
 
-def _read_list(path, suffix):
-    """The ids in a split file: the first word of each line, ID or folder/ID + suffix."""
+def _read_list(path, images, suffix):
+    """The ids in a split's file: of each line the first word, ID or folder/ID + suffix."""
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the list of images {path}: {reason}; "
-                        "see README, Data sets") from None
-    ids = [line.split()[0].rpartition("/")[2].removesuffix(suffix) for line in lines
-           if line.strip()]
-    repeated = [i for i, n in collections.Counter(ids).items() if n > 1]
-    if repeated:
-        raise UserError(f"{path} lists {repeated[0]} twice")
+        raise UserError(f"cannot read the list of images {path}: "
+                        f"{getattr(error, 'strerror', error)}; see README, Data sets") from None
+    words = [line.split()[0].rpartition("/")[2] for line in lines if line.strip()]
+    ids = list(dict.fromkeys(word.removesuffix(suffix) for word in words))
+    missing = {i + suffix for i in ids} - set(os.listdir(images))
+    if missing:
+        raise UserError(f"{len(missing)} of the {len(ids)} images in {path} are missing, for "
+                        f"example {images / min(missing)}")
     return ids
 
 
-def _find_tree(name, root, places, probe):
-    """The first of `places` under root that contains the folder `probe`."""
-    if root is None:
-        raise UserError(f"--dataset {name} needs --data-root, the folder that holds it; "
-                        "see README, Data sets")
-    root = user_path(root)
-    if not root.is_dir():
-        raise UserError(f"no folder {root}; --data-root is the folder that holds the data set "
-                        f"{name}; see README, Data sets")
-    for place in places:
-        if (root / place / probe).is_dir():
-            return root / place
-    raise UserError(f"no {name} in {root}: expected {root / places[0] / probe}; "
-                    "see README, Data sets")
+def _add_labels(data, labels, offset):
+    """Give a folder of one's own its labels, which are no photographs if they lie among these."""
+    folder, C = data.image_file[0], len(data.classes)
+    if not labels.is_dir():
+        raise UserError(f"no folder {labels}; --labels is the folder of ID.png for each ID")
+    if C + offset > VOID:
+        raise UserError(f"--labels-offset 1: 8-bit labels hold {VOID - 1} classes then")
+    labels = folder if os.path.samefile(labels, folder) else labels
+    table = id_table(range(offset, C + offset), range(offset))
+    data.label_files = [(labels, name, table) for name in LABEL_NAMES]
+    found = filter(None, map(data.label_path, range(len(data))))
+    taken = {os.path.realpath(path) for path, _ in found}
+    data.ids = [i for i in data.ids if os.path.realpath(folder / i) not in taken]
+    if data.ids and not data.has_labels:
+        raise UserError(f"no labels in {labels}; expected ID.png for each image ID")
 
 
 class Shapes(SegmentationData):
@@ -1000,31 +849,23 @@ DOWNLOADS = {  # name: (address, MD5, the tree inside)
     "voc": ("https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
             "6cd6e144f989b92b3379bac3b3de84fd", "VOCdevkit/VOC2012"),
     "ade": ("https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-            "7328b3957e407ddae1d3cbf487f149ef", "ADEChallengeData2016"),
-}
+            "7328b3957e407ddae1d3cbf487f149ef", "ADEChallengeData2016")}
 
 
 def download(name, root):
-    """Fetch and unpack a data set into root: voc (2 GB) and ade (1 GB). Raises UserError.
-
-    Over https, and unpacked only if the hash is right; nothing to do where the tree is there.
-    """
-    if name not in DOWNLOADS:
-        raise UserError(f"--download fetches {' and '.join(DOWNLOADS)}; where {name} is to be had "
-                        "says README, Data sets")
-    if root is None:
-        raise UserError("--download needs --data-root, the folder to put the data set in")
+    """Fetch and unpack voc (2 GB) or ade (1 GB) into root, unless it is there. Raises UserError."""
+    if name not in DOWNLOADS or root is None:
+        raise UserError(f"--download fetches {' and '.join(DOWNLOADS)} into --data-root; where "
+                        "others are to be had says README, Data sets")
     root, (url, md5, tree) = user_path(root), DOWNLOADS[name]
     if (root / tree).is_dir():
         return
     from torchvision.datasets.utils import download_and_extract_archive
     part = root / f"{name}.part"
     try:
-        shutil.rmtree(part, ignore_errors=True)  # an earlier try was cut short
         download_and_extract_archive(url, root, part, md5=md5)
         (root / tree).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(part / tree, root / tree)
-        shutil.rmtree(part)
+        os.replace(part / tree, root / tree)  # all of it or nothing
     except Exception as error:  # of the network, the disk, the hash, the archive
         raise UserError(f"downloading {name} into {root} failed: {error}; try again, or fetch it "
                         "by hand: see README, Data sets") from None
@@ -1082,9 +923,8 @@ def draw_colours(generator=None):
         return torch.rand((), generator=generator).item() < 0.5
 
     def uniform(wanted, low, high, otherwise):
-        if not wanted:
-            return otherwise
-        return torch.empty(()).uniform_(low, high, generator=generator).item()
+        draw = torch.empty(())
+        return draw.uniform_(low, high, generator=generator).item() if wanted else otherwise
 
     contrast_first, contrast = coin(), coin()
     return [uniform(coin(), -32, 32, 0.0), uniform(contrast and contrast_first, 0.5, 1.5, 1.0),
@@ -1105,11 +945,10 @@ def photometric_distortion(images, colours):
 
     changed = []
     for image, (brightness, contrast, saturation, hue, last) in zip(images, colours.tolist()):
-        image = levels(image + brightness) if brightness else image
-        image = levels(image * contrast) if contrast != 1 else image
+        image = levels(levels(image + brightness) * contrast)
         image = TF.adjust_saturation(image, saturation) if saturation != 1 else image
         image = TF.adjust_hue(image, hue) if hue else image
-        changed.append(levels(image * last) if last != 1 else image)
+        changed.append(levels(image * last))
     return torch.stack(changed)
 
 
@@ -1138,7 +977,7 @@ class TrainingViews:
     """Training views of a SegmentationData, never its labels.
 
     A view depends on (seed, epoch, id of the image) alone: not on readers, processes or
-    interruptions. distort: whether `batch` draws colours too.
+    interruptions. distort: whether colours are drawn, too.
     """
 
     def __init__(self, data, scale, crop, ratio=(0.5, 2.0), distort=True, seed=0):
@@ -1149,10 +988,9 @@ class TrainingViews:
         return len(self.data)
 
     def batch(self, keys):
-        """A list of B (epoch, index) → dict of CPU tensors: view uint8 B×3×crop×crop, size int64
-        B×2 (h, w), index int64 B, and with `distort` colours float32 B×5, for
-        `photometric_distortion` of whole batches, on a GPU if there is one.
-        """
+        """B pairs (epoch, index) → dict of CPU tensors: view uint8 B×3×crop×crop, size int64 B×2
+        (h, w), index int64 B, and with `distort` colours float32 B×5, for `photometric_distortion`
+        of the whole batch, on a GPU if there is one."""
         views, sizes, colours = [], [], []
         for epoch, index in keys:
             seed = draw_seed(self.seed, epoch, self.data.ids[index], "view")
@@ -1161,7 +999,7 @@ class TrainingViews:
                                        generator)
             views.append(view)
             sizes.append(size)
-            colours.append(draw_colours(generator) if self.distort else [])
+            colours.append(draw_colours(generator))
         batch = dict(view=torch.stack(views), size=torch.tensor(sizes),
                      index=torch.tensor([index for _, index in keys]))
         return batch | dict(colours=torch.tensor(colours)) if self.distort else batch
@@ -1180,14 +1018,14 @@ def read_ahead(read, keys, workers):
     if not workers:
         yield from map(read, keys)
         return
+    # a reader's operations take one thread: PyTorch would give each as many as there are cores
     threads = torch.get_num_threads()
-    # a reader of its own is parallel enough: PyTorch would give each as many threads as there are
-    pool = concurrent.futures.ThreadPoolExecutor(workers, initializer=_one_thread)
+    pool = concurrent.futures.ThreadPoolExecutor(workers, "reader", torch.set_num_threads, (1,))
+    keys, ahead = iter(keys), collections.deque()
     try:
-        keys, ahead = iter(keys), collections.deque()
         while True:
-            wanted = 2 * workers - len(ahead)
-            ahead.extend(pool.submit(read, key) for key in itertools.islice(keys, wanted))
+            some = itertools.islice(keys, 2 * workers - len(ahead))
+            ahead.extend([pool.submit(read, key) for key in some])
             if not ahead:
                 return
             yield ahead.popleft().result()
@@ -1196,17 +1034,11 @@ def read_ahead(read, keys, workers):
         torch.set_num_threads(threads)
 
 
-def _one_thread():
-    """PyTorch's operations take one thread when this one calls them."""
-    torch.get_num_threads()  # so that the number of this thread exists
-    torch.set_num_threads(1)
-
-
 class Records:
-    """Records in a file, read when they are asked for; see `ask_once`."""
+    """n records of a numpy type in a file, after `start` bytes, read when they are asked for."""
 
     def __init__(self, path, kind, n, start):
-        self.path, self.kind, self.n, self.start = path, kind, n, start
+        self.kind, self.n, self.start = kind, n, start
         self.file = open(path, "rb", buffering=0)
 
     def __len__(self):
@@ -1219,85 +1051,57 @@ class Records:
         return np.frombuffer(b"".join(parts), self.kind)
 
     def done(self, index):
-        """Whether a record has been written: its last byte is its flag."""
-        at = self.start + (index + 1) * self.kind.itemsize - 1
-        return os.pread(self.file.fileno(), 1, at) == b"\1"
+        """Whether a record has been written: its last byte tells."""
+        last = self.start + (index + 1) * self.kind.itemsize - 1
+        return os.pread(self.file.fileno(), 1, last) == b"\1"
 
 
 @torch.no_grad()
 def ask_once(folder, name, facts, fields, blocks, read, ask, workers):
     """What a frozen network says of all items, asked once, block by block, and kept in a file.
 
-    The file is folder/NAME-FINGERPRINT.npy. facts: plain values on which the records depend; their
-    fingerprint stands in the name, so other facts are another file. fields: {name: (numpy type,
-    shape)} of a record. blocks: lists of keys, whose records follow each other; read(block), in
-    `workers` threads, gives what `ask` is given → {name: tensor B×shape}.
+    The file is folder/NAME-FINGERPRINT.npy. facts: plain values on which the records depend; other
+    facts, another file. fields: {name: (numpy type, shape)} of a record. blocks: lists of keys,
+    whose records follow each other; read(block), in `workers` threads, gives what `ask` is given →
+    {name: tensor B×shape}.
 
     A record ends with a flag: done. Blocks with a record that lacks it, because the run was
     interrupted, are asked (again); several processes share them. A complete file is only read.
-    Returns Records. Raises UserError for a damaged file and a full disk.
+    Returns Records. Raises UserError for a full disk.
     """
     kind = np.dtype([(key, *field) for key, field in fields.items()] + [("done", np.uint8)])
     starts = [0, *itertools.accumulate(map(len, blocks))]
-    n, facts = starts[-1], dict(facts, records=starts[-1], fields=repr(kind.descr))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{fingerprint(json.dumps(facts, sort_keys=True))}.npy"
-    # the head of an .npy file, version 1, as numpy.load expects it
-    head = repr(dict(descr=kind.descr, fortran_order=False, shape=(n,)))
+    # the head of an .npy file, version 1
+    head = repr(dict(descr=kind.descr, fortran_order=False, shape=(starts[-1],)))
+    path = folder / f"{name}-{fingerprint(json.dumps(facts, sort_keys=True), head)}.npy"
     head += " " * (-(len(head) + 11) % 64) + "\n"
     head = b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head.encode("ascii")
-    if rank() == 0:
-        _make_file(path, name, head, len(head) + n * kind.itemsize)
+    size = len(head) + starts[-1] * kind.itemsize
+    if rank() == 0 and not (path.exists() and path.stat().st_size == size):
+        print(f"{name}: {size / 1e9:.2f} GB → {printable(path)}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with writing(path):  # not under a temporary name: whoever else makes it writes the same
+            path.touch()
+            os.truncate(path, size)
+            with open(path, "r+b") as file:
+                file.write(head)
     barrier()
-    records = Records(path, kind, n, len(head))
+    records = Records(path, kind, starts[-1], len(head))
     left = gather([b for b in range(len(blocks)) if rank() == 0 and not all(
         map(records.done, range(starts[b], starts[b + 1])))])[0]
     own = left[rank()::world()]
-    if own:
-        progress = Progress(name, n, n - sum(len(blocks[b]) for b in left))
-        with open(path, "r+b", buffering=0) as file:
-            batches = read_ahead(read, [blocks[b] for b in own], workers)
-            for b, batch in zip(own, batches):
-                block = np.zeros(len(blocks[b]), kind)
-                for key, value in ask(batch).items():
-                    block[key] = value.cpu().numpy()
-                block["done"] = 1
-                _write(file, block.tobytes(), len(head) + starts[b] * kind.itemsize)
-                progress.advance(len(block) * world())
-        progress.close()
+    progress = Progress(name, len(records), len(records) - sum(len(blocks[b]) for b in left))
+    for b, batch in zip(own, read_ahead(read, [blocks[b] for b in own], workers)):
+        block = np.ones(len(blocks[b]), kind)
+        for key, value in ask(batch).items():
+            block[key] = value.cpu().numpy()
+        with writing(path), open(path, "r+b") as file:
+            file.seek(len(head) + starts[b] * kind.itemsize)
+            file.write(block.tobytes())
+        progress.advance(len(block) * world())
+    progress.close()
     barrier()
     return records
-
-
-def _make_file(path, name, head, size):
-    """See to it that a file begins with `head` and has its size; what is not written is zero."""
-    if path.exists() and path.stat().st_size == size:
-        with open(path, "rb") as file:
-            if file.read(len(head)) == head:
-                return
-    if not path.exists():
-        print(f"{name}: {size / 1e9:.2f} GB → {printable(path)}", flush=True)
-        free = shutil.disk_usage(path.parent).free
-        if size > free:
-            raise UserError(f"{path} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
-                            "choose another folder with --cache, fewer --views, or --views 0")
-    elif path.read_bytes()[:len(head)] not in (head, b""):
-        raise UserError(f"{path} is damaged; delete it, and it will be made again")
-    # not under a temporary name: whoever else makes it does the same
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
-        _write(file, head, 0)
-        file.truncate(size)
-
-
-def _write(file, content, at):
-    """Write bytes at a place in an unbuffered file. Raises UserError where there is no room."""
-    file.seek(at)
-    try:
-        while content:
-            content = content[file.write(content):]
-    except OSError as error:
-        raise UserError(f"cannot write {file.name}: {error.strerror}; make room, or choose another "
-                        "folder with --cache, and repeat the command") from None
 
 
 class CachedViews:
@@ -1314,7 +1118,7 @@ class CachedViews:
         return self.n
 
     def batch(self, keys):
-        """A list of B (epoch, index) → index, int64 B, and B×… of each field by name."""
+        """B pairs (epoch, index) → index, int64 B, and B×… of each field by name."""
         views = len(self.records) // self.n
         rows = self.records.rows([epoch % views * self.n + i for epoch, i in keys])
         fields = {name: torch.from_numpy(rows[name].copy()) for name in rows.dtype.names[:-1]}
@@ -1336,42 +1140,33 @@ def cached_views(views, K, folder, name, facts, fields, ask, workers):
 # 7. Drawing
 
 
-def visible(colours):
-    """The colours in overlays and legends: bright green for light greys (VOC's car, Cityscapes'
-    pole), which would pass for no class there. uint8 …×3 → uint8 …×3."""
-    low, high = colours.amin(-1, keepdim=True), colours.amax(-1, keepdim=True)
-    green = torch.cat([low // 2, torch.full_like(low, 255), torch.full_like(low, 110)], -1)
-    return torch.where((low >= 100) & (high - low < 30), green, colours)
-
-
 def overlay(image, label, colours):
-    """The classes of a label, int64 H×W, in their colours on a pale grey image; uint8 3×H×W.
+    """The classes of a label, int64 H×W, in their colours on a pale image; uint8 3×H×W.
 
-    image: uint8 3×H×W; colours: uint8 C×3, shown as `visible`. Void stays grey.
+    image: uint8 3×H×W; colours: uint8 C×3. Where the label is VOID the image stays as it is.
     """
-    label, tint = label.cpu(), torch.zeros(256, 3)
-    tint[:len(colours)] = 0.8 * visible(colours)
-    grey = 110 + 0.5 * image.float().mean(0)
-    kept = torch.where(label == VOID, 1.0, 0.2) * grey
-    return (kept + tint[label].movedim(-1, 0)).clamp(0, 255).to(torch.uint8)
+    label, image, tint = label.cpu(), image.float(), torch.zeros(256, 3)
+    tint[:len(colours)] = 0.8 * colours
+    pale = 0.2 * (110 + 0.5 * image.mean(0)) + tint[label].movedim(-1, 0)
+    return torch.where(label == VOID, image, pale).clamp(0, 255).to(torch.uint8)
 
 
 def legend(entries, width):
     """Patches of colour, each with its name, in as many columns as fit; a PIL image.
 
     entries: pairs of a text and a uint8 colour (3 values); width: in pixels. Pillow's own font has
-    ASCII; other letters come as their code, so that no two names look the same.
+    ASCII; other letters are shown as their codes, so that no two names look the same.
     """
     font, line, gap = ImageFont.load_default(17), 26, 6
     names = [unicodedata.normalize("NFC", text).encode("ascii", "backslashreplace").decode()
              for text, _ in entries]
-    column = max([200] + [int(font.getlength(name)) + 56 for name in names])
-    per_line = max(1, width // column)
-    picture = Image.new("RGB", (width, -(-len(entries) // per_line) * line + gap), "white")
+    per_line = max(1, width // max([200] + [int(font.getlength(name)) + 56 for name in names]))
+    column = width // per_line
+    picture = Image.new("RGB", (width, -(-len(names) // per_line) * line + gap), "white")
     draw = ImageDraw.Draw(picture)
     for n, (name, (_, colour)) in enumerate(zip(names, entries)):
         x, y = n % per_line * column + gap, n // per_line * line + 4
-        draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(visible(colour).tolist()))
+        draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(colour.tolist()))
         draw.text((x + 36, y), name, "black", font)
     return picture
 
@@ -1380,21 +1175,19 @@ def picture_sheet(rows, headings, present, classes, colours, cell=240):
     """Rows of pictures under headings, above a legend of the classes in `present`, as a PIL image.
 
     rows: lists of uint8 3×H×W tensors, each scaled to fit a square of `cell` pixels; headings: one
-    per column or empty; present: class indices; classes: C texts, shown as `called`; colours: uint8
-    C×3.
+    per column or none; present: class indices; classes: C texts; colours: uint8 C×3.
     """
     gap, top, step = 6, 26 if headings else 0, cell + 6
     width, bottom = len(rows[0]) * step + gap, top + len(rows) * step + gap
     names = legend([(called(classes[k]), colours[k]) for k in sorted(present)], width)
     sheet = Image.new("RGB", (width, bottom + names.height), "white")
     sheet.paste(names, (0, bottom))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            scale = cell / max(picture.shape[-2:])
-            size = [max(1, round(side * scale)) for side in picture.shape[:0:-1]]
-            method = Image.NEAREST if scale > 1 else Image.BILINEAR  # enlarged masks stay sharp
-            picture = Image.fromarray(picture.cpu().movedim(0, -1).numpy()).resize(size, method)
-            sheet.paste(picture, (x * step + gap, top + y * step + gap))
+    for (y, row), x in ((row, x) for row in enumerate(rows) for x in range(len(row[1]))):
+        scale = cell / max(row[x].shape[-2:])
+        size = [max(1, round(side * scale)) for side in row[x].shape[:0:-1]]
+        method = Image.NEAREST if scale > 1 else Image.BILINEAR  # enlarged masks stay sharp
+        picture = Image.fromarray(row[x].cpu().movedim(0, -1).numpy()).resize(size, method)
+        sheet.paste(picture, (x * step + gap, top + y * step + gap))
     for x, heading in enumerate(headings):
         ImageDraw.Draw(sheet).text((x * step + gap, 5), heading, "black",
                                    ImageFont.load_default(17))
@@ -1409,34 +1202,31 @@ def contact_sheet(data, count=12):
     """A PIL image: `count` images, each beside its labels if there are any, and a legend below."""
     pictures, present = [], set()
     for i in evenly(len(data), count):
-        image = data.image(i)
-        pictures.append(image)
+        pictures.append(data.image(i))
         if data.has_labels:
             label = data.label(i)
-            pictures.append(overlay(image, label, data.palette))
+            pictures.append(overlay(pictures[-1], label, data.palette))
             present |= set(label.unique().tolist()) - {VOID}
     rows = [pictures[i : i + 6] for i in range(0, len(pictures), 6)]
     return picture_sheet(rows, [], present, data.classes, data.palette)
 
 
 def describe(data, limit):
-    """Print the number and sizes of images; return class counts C+1 (the last: void), or None.
-
-    Sizes and labels are those of at most `limit` images.
-    """
+    """Print what is there, by the sizes and labels of at most `limit` images."""
     some = evenly(len(data), limit)
     sizes = torch.tensor([data.size(i) for i in some])
-    low, middle, high = sizes.amin(0), sizes.median(0).values, sizes.amax(0)
     which = "folder" if data.name == "folder" else f"{data.name} {data.split}"
     print(f"{which}: {len(data)} images, {len(data) if data.has_labels else 'no'} labels, "
-          f"{len(data.classes)} classes")
-    for side, axis in (("height", 0), ("width", 1)):
-        print(f"  {side}: {low[axis]} to {high[axis]}, median {middle[axis]} "
-              f"({len(some)} images looked at)")
-    if not data.has_labels:
-        return None
-    counts = sum(data.label(i).flatten().bincount(minlength=256) for i in some)
-    return torch.cat([counts[:len(data.classes)], counts[VOID:]])
+          f"{len(data.classes)} classes; of {len(some)} images")
+    for side, values in (("height", sizes[:, 0]), ("width", sizes[:, 1])):
+        print(f"  {side}: {values.min()} to {values.max()}, median {values.median()}")
+    if data.has_labels:
+        counts = sum(data.label(i).flatten().bincount(minlength=256) for i in some)
+        shares = 100 * counts / counts[:VOID].sum().clamp(min=1)
+        print("  per cent of the labelled pixels:")
+        for k, name in enumerate(data.classes):
+            print(f"  {k:>3} {called(name):24}{shares[k]:9.2f}")
+        print(f"  {'void, of all pixels':28}{100 * counts[VOID] / counts.sum():9.2f}")
 
 
 @clean_exit
@@ -1448,7 +1238,7 @@ def main(argv=None):
     flag("--data-root", type=user_path, metavar="DIR", help="the folder that holds the data set")
     flag("--train-split", metavar="NAME", default="train", help="train, of voc also trainaug")
     flag("--classes", metavar="NAMES", help="for folder: \"cat, dog\", or a file")
-    flag("--labels", type=user_path, metavar="DIR", help="for folder: the folder of ID.png, ID_mask.png, … for each image ID")
+    flag("--labels", type=user_path, metavar="DIR", help="for folder: ID.png for each image ID")
     flag("--labels-offset", type=int, choices=(0, 1), default=0,
          help="1: in --labels 0 is background and class k is k+1")
     flag("--download", action="store_true", help="fetch voc or ade into --data-root")
@@ -1460,37 +1250,23 @@ def main(argv=None):
     classes = None if args.classes is None else parse_classes(args.classes)
     if args.download:
         download(args.dataset, args.data_root)
-
     # of a folder, both splits are the same images
-    names = ("val",) if args.dataset == "folder" else (args.train_split, "val")
-    splits, problems = [], []
-    for split in names:
+    splits, problem = [], None
+    for split in ("val",) if args.dataset == "folder" else (args.train_split, "val"):
         try:
             splits.append(open_dataset(args.dataset, args.data_root, split, classes, args.seed,
                                        args.labels, args.labels_offset))
-        except UserError as error:
-            problems.append(error)
+        except UserError as error:  # one split is enough to look at
+            problem = error
     if not splits:
-        raise problems[0]
-    for problem in problems:  # one split is enough to look at
+        raise problem
+    if problem:
         print(f"one split cannot be opened: {printable(problem)}")
-    counts = [describe(data, args.limit) for data in splits]
-    labelled = [(data, count) for data, count in zip(splits, counts) if count is not None]
-    if labelled:
-        print(f"\nper cent of the labelled pixels of at most {args.limit} images")
-        print(f"{'':28}" + "".join(f"{data.split:>9}" for data, _ in labelled))
-        for k, name in enumerate(splits[0].classes):
-            shares = [100 * count[k] / count[:-1].sum().clamp(min=1) for _, count in labelled]
-            print(f"{k:>3} {called(name):24}" + "".join(f"{share:9.2f}" for share in shares))
-        shares = [100 * count[-1] / count.sum() for _, count in labelled]
-        print(f"{'void, of all pixels':28}" + "".join(f"{share:9.2f}" for share in shares))
-
+    for data in splits:
+        describe(data, args.limit)
     out = args.out or Path(f"runs/data-{args.dataset}.png")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(contact_sheet(splits[-1]), out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from None
+    make_folder(out.parent)
+    save_picture(contact_sheet(splits[-1]), out)
     print(f"\nwrote {out}: images, beside their labels if there are any")
 
 

@@ -14,6 +14,7 @@ Maps are channels-first (Z: B×D×h×w; logits: B×C×h×w), text features are r
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import datetime
@@ -43,7 +44,7 @@ from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TE
                   check_dataset, clean_exit, count, download, draw_seed, evenly, fingerprint,
                   gather, make_folder, name_counts, names_of, natural, normalise, open_dataset,
                   parse_classes, photometric_distortion, positive, rank, read_ahead,
-                  resize_to_scale, seed_number, share, user_path, world, write_text)
+                  replacing, seed_number, share, user_path, world, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -660,7 +661,6 @@ def encode_views(visual, views, preset, surgery, sigma=5.0, amp=False, sizes=Non
         return dense_features(visual, images, surgery, sigma).float()
 
 
-
 class RectifiedCLIP:
     """A Rectifier with its CLIP: images in, Query and rectified logits out.
 
@@ -689,7 +689,6 @@ class RectifiedCLIP:
     def inputs(self, features):
         """Z, of unit length, and p, 1×width×h×w: what a Rectifier sees of features."""
         return F.normalize(features, dim=1), resized_positions(self.visual, *features.shape[2:])
-
 
 
 def prompt_denoising(logits, pd, temperature):
@@ -882,16 +881,16 @@ class Run:
         """Write the checkpoint to a temporary file, and rename it; only the first process does."""
         with torch.no_grad():
             Wr = self.learner.texts(self.model)[1] if hasattr(self.learner, "texts") else None
-        temporary, self.saved = Path(f"{self.path}.{os.getpid()}.tmp"), time.monotonic()
+        self.saved = time.monotonic()
         if rank() > 0:
             return
+        checkpoint = self.facts | dict(state=self.learner.state_dict(), Wr=Wr, step=step,
+                                       optimizer=optimizer and optimizer.state_dict(),
+                                       finished=finished)
         try:
-            torch.save(self.facts | dict(
-                state=self.learner.state_dict(), Wr=Wr, step=step, finished=finished,
-                optimizer=optimizer and optimizer.state_dict()), temporary)
-            os.replace(temporary, self.path)
+            with replacing(self.path) as temporary:
+                torch.save(checkpoint, temporary)
         except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
-            temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write {self.path} ({str(error).splitlines()[0][:120]}); what "
                             "was there is as it was, and the same command goes on from it"
                             ) from None
@@ -1008,15 +1007,10 @@ def pick_device(name=None):
             torch.cuda.set_device(device)
         # A day's patience: one process may download what the others wait for.
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        atexit.register(dist.destroy_process_group)
         if rank():
             sys.stdout = open(os.devnull, "w")
     return device
-
-
-def leave_processes():
-    """The last thing that a script does."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -1286,4 +1280,3 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    leave_processes()

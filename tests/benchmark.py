@@ -77,6 +77,11 @@ def near(tolerance):
                                    for a, b in zip(ours, plain, strict=True))
 
 
+def settings(method):
+    return argparse.Namespace(**reclip.recipe("voc", method=method), method=method,
+                              preset="release", dataset="voc", activation="quick_gelu", heads=None)
+
+
 def plain_texts(model, reference):
     """Wr with nothing shared: all positions of each class; not normalised."""
     endings = [torch.tensor(ids, device=reference.prompt.device) for ids in reference.endings]
@@ -195,8 +200,7 @@ def distillation(model, device, args):
     rectifier = reclip.Rectifier(model, classes, F.normalize(torch.randn(len(classes), D), dim=-1))
     rectifier = rectifier.to(device).requires_grad_(False)
     Wq, Wr = rectifier.texts(model)
-    teacher = reclip.RectifiedCLIP(model, rectifier, Wr, classes, argparse.Namespace(
-        preset="release", surgery="program", sigma=5.0))
+    teacher = reclip.RectifiedCLIP(model, rectifier, Wr, classes, settings("reclip++"))
     views = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, device=device)
     sizes = torch.tensor([[side, side]] * 2, device=device)
     head = distill.InheritedHead(distill.inherited_parts(teacher), teacher.patch)
@@ -257,8 +261,7 @@ def evaluation(model, device, args):
     """MaskCLIP's confusion matrix of the demo's pictures: a plain loop, and ours."""
     data, scale, patch = SmallShapes("val", 0), (64, 64) if args.quick else (336, 336), 16
     with contextlib.redirect_stdout(io.StringIO()):
-        network = reclip.plain_maskclip(model, data.classes, argparse.Namespace(
-            preset="release", surgery="program", method="maskclip", pd=None, sigma=5.0))
+        network = reclip.plain_maskclip(model, data.classes, settings("maskclip"))
     C = len(data.classes)
 
     @torch.no_grad()

@@ -5,12 +5,10 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import re
 import resource
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -106,14 +104,14 @@ def live(words, name, calls, *numbers):
         return function(*args, **kwargs)
 
     setattr(script, name, counted)
-    with open("output.txt", "a") as sys.stdout, open("errors.txt", "a") as sys.stderr:
-        run(script.main, *words[1:])
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open("errors.txt", "a", buffering=1)
+    run(script.main, *words[1:])
 
 
 def process(*arguments):
     """The exit code of `live`, forked from a process that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "evaluate"])
+    context.set_forkserver_preload(["conftest", "evaluate", "torchvision.transforms.v2"])
     child = context.Process(target=live, args=arguments)
     child.start()
     child.join(120)
@@ -222,7 +220,6 @@ def failing(*args, **kwargs):
 if sys.argv[1] == "fails":
     reclip.rectification_loss = failing
 (evaluate if sys.argv[1] == "evaluate" else reclip).main([*sys.argv[2:], "--device", "cpu"])
-reclip.leave_processes()
 """
 
 

@@ -17,85 +17,70 @@ import functools
 import itertools
 import json
 import math
-import re
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from data import (CLASSES, called, dataset_palette, draw_seed, open_dataset, parse_classes,
-                  resize_to_scale)
+from data import (CLASSES, PHOTOS, VOID, Parser, Progress, UserError, called, clean_exit, count,
+                  dataset_palette, draw_seed, evenly, gather, legend, list_folder, make_folder,
+                  name_counts, natural, open_dataset, overlay, parse_classes, picture_sheet,
+                  positive, printable, rank, read_ahead, read_image, resize_to_scale, save_picture,
+                  say_once, share, user_path, world, write_text)
 from distill import load_student
-from files import (PHOTOS, VOID, Parser, Progress, UserError, clean_exit, count, list_folder,
-                   make_folder, natural, path as user_path, positive, printable, read_ahead,
-                   read_image, save_picture, share, write_text)
-from maps import (comparison, confusion_figure, distance_figure, heatmaps, label_map, pamr,
-                  prompt_denoising, with_legend)
-from reclip import (SURGERIES, RectifiedCLIP, authors_method, authors_state, from_authors,
-                    hypotheses_folder, make_hypotheses, open_rectified, plain_maskclip,
-                    query_features, recipe)
-from run import (checkpoint_in, folder_lock, gather, leave_processes, load_checkpoint, load_clip,
-                 pick_device, rank, to_device, use_amp, usual_surgery, world)
+from reclip import (SURGERIES, RectifiedCLIP, authors_method, authors_state, best_name,
+                    checkpoint_in, classify, clip_features, clip_fingerprint, cut_crops,
+                    from_authors, label_map, load_checkpoint, load_clip, make_hypotheses,
+                    open_rectified, pick_device, plain_maskclip, prompt_denoising, query_features,
+                    recipe, to_device, use_amp, usual_surgery)
 
 # ------------------------------------------------------------------------------------------------
-# Scores
+# Scores, and bias scores (ReCLIP++, Sec. IV-C and Table VII)
+
+BINS = 5  # of the distance from the centre: 0–0.2, 0.2–0.4, … 0.8–1
 
 
-def confusion_matrix(prediction, label, C):
+def confusion_matrix(prediction, label, C, place=None, places=1):
     """Pixels by true class (rows) and predicted class (columns), int64 C×C.
 
     prediction, label: integer tensors of one shape; pixels whose label is not in 0…C-1 (void, 255)
-    do not count.
+    do not count. place: None, or of that shape, 0…places-1, for a matrix of each, places×C×C.
     """
-    pairs = label.long() * C + prediction
-    return tally(pairs, (label >= 0) & (label < C), C * C).reshape(C, C)
-
-
-def tally(index, valid, n):
-    """How often each of 0…n-1 stands in `index` (int64) where `valid` (bool); int64 n.
-
-    Selecting and bincount would wait for a GPU, and are five times slower on a CPU.
-    """
-    index = torch.where(valid, index, n).flatten()
-    return index.new_zeros(n + 1).scatter_add_(0, index, torch.ones_like(index))[:n]
+    index = label.long() * C + prediction + (0 if place is None else C * C * place.long())
+    # What does not count has an entry of its own: to select would be to wait for a GPU.
+    n = places * C * C
+    index = torch.where((label >= 0) & (label < C), index, n).flatten()
+    counts = index.new_zeros(n + 1).scatter_add_(0, index, torch.ones_like(index))[:n]
+    return counts.view((C, C) if place is None else (places, C, C))
 
 
 def scores(confusion, count_absent=False):
-    """IoU of every class, their mean and pixel accuracy of a confusion matrix, in percent.
+    """IoU of every class, their mean and pixel accuracy of a confusion matrix, in per cent.
 
     A class without any pixel, true or predicted, is left out of the mean, as in mmsegmentation;
     count_absent counts it as 0, as the authors' program does. Its own IoU is None.
     """
     confusion = confusion.double()
     hits = confusion.diagonal()
-    union = confusion.sum(0) + confusion.sum(1) - hits
-    iou = 100 * hits / union  # nan where a class is absent
+    iou = 100 * hits / (confusion.sum(0) + confusion.sum(1) - hits)  # nan where a class is absent
     miou = iou.nan_to_num().mean() if count_absent else iou.nanmean()
     return dict(miou=miou.item(), pixel_accuracy=(100 * hits.sum() / confusion.sum()).item(),
                 iou=[None if value != value else value for value in iou.tolist()])
 
 
-# ------------------------------------------------------------------------------------------------
-# Bias scores (ReCLIP++, Sec. IV-C and Table VII)
-
-BINS = 5  # of the distance from the centre: 0–0.2, 0.2–0.4, … 0.8–1
-
-
 def class_preference(confusion):
     """How far the right class is ahead of the most preferred wrong one, -1…1; higher is better.
 
-    Of each row of the confusion matrix (int64 C×C, rows = truth), as shares of the row: the
-    diagonal minus the largest other entry; the mean over the classes that have pixels, or None.
+    Of each row of the confusion matrix, int64 C×C, as shares of it: the diagonal minus the largest
+    other entry; the mean over the classes that have pixels.
     """
-    rows = confusion[confusion.sum(1) > 0].double()
-    rows = rows / rows.sum(1, keepdim=True)
-    right = torch.eye(len(confusion), dtype=torch.bool)[confusion.sum(1) > 0]
-    ahead = rows[right] - rows.masked_fill(right, 0).amax(1)
-    return ahead.mean().item() if len(rows) else None
+    shares = confusion.double() / confusion.sum(1, keepdim=True)
+    others = shares.clone().fill_diagonal_(0).amax(1)
+    return (shares.diagonal() - others).nanmean().item()
 
 
 def distance_bins(label, objects, bins=BINS):
@@ -105,44 +90,29 @@ def distance_bins(label, objects, bins=BINS):
     centroid (over its pixels with a class) to the image's, relative to half the image's diagonal:
     0…1, in `bins` equal bins. Returns int64 H×W; `bins` for pixels of no object.
     """
-    H, W = label.shape
     _, place = objects.masked_fill(label == VOID, 0).unique(return_inverse=True)
-    count = place.flatten().bincount()
-    y = (torch.arange(H) + 0.5 - H / 2)[:, None].expand(H, W).flatten().double()
-    x = (torch.arange(W) + 0.5 - W / 2).expand(H, W).flatten().double()
-    y, x = (place.flatten().bincount(side) / count for side in (y, x))
-    distance = (y**2 + x**2).sqrt() / (math.hypot(H, W) / 2)
+    sides = torch.meshgrid(*(torch.arange(n) + 0.5 - n / 2 for n in label.shape), indexing="ij")
+    y, x = (place.flatten().bincount(side.flatten().double()) / place.flatten().bincount()
+            for side in sides)
+    distance = torch.hypot(y, x) / (math.hypot(*label.shape) / 2)
     nearest = (distance * bins).long().clamp(max=bins - 1)
     return nearest[place].masked_fill((objects == 0) | (label == VOID), bins)
 
 
-def confusion_by_distance(prediction, label, nearest, C, bins=BINS):
-    """A confusion matrix per bin of `distance_bins`, and one of pixels without object; summed up,
-    they are the ordinary one. prediction, label, nearest: of one shape; int64 (bins+1)×C×C."""
-    triples = (nearest.long() * C + label) * C + prediction
-    valid = (label >= 0) & (label < C)
-    return tally(triples, valid, (bins + 1) * C * C).reshape(bins + 1, C, C)
-
-
 def distance_curve(confusions):
-    """mIoU per bin, in percent, over the classes whose objects lie there; None for an empty bin.
+    """mIoU per bin, in per cent, over the classes whose objects lie there; None for an empty bin.
 
-    confusions: int64 bins×C×C.
+    confusions: int64 bins×C×C, of `confusion_matrix` with `distance_bins` as places.
     """
-    curve = []
-    for confusion in confusions.double():
-        hits, truth = confusion.diagonal(), confusion.sum(1)
-        iou = 100 * hits / (truth + confusion.sum(0) - hits)
-        curve.append(iou[truth > 0].mean().item() if truth.any() else None)
-    return curve
+    found = [(scores(m)["iou"], m.sum(1).nonzero()[:, 0].tolist()) for m in confusions]
+    return [sum(iou[k] for k in there) / len(there) if there else None for iou, there in found]
 
 
 def space_preference(curve):
-    """Mean slope ΔmIoU / Δdistance of a distance curve between neighbouring non-empty bins.
+    """Mean slope ΔmIoU / Δdistance of a distance curve between neighbouring non-empty bins, mIoU as
+    a fraction; higher is better, 0 is no preference for the centre. None for fewer than two bins.
 
-    mIoU as a fraction here; higher is better, 0 would be no preference for the centre. None for
-    fewer than two such bins. Between equal bins the mean of the slopes is the slope from the first
-    to the last, so the score is as reliable as these two: hence few, wide bins.
+    Between equal bins it is the slope from first to last, as reliable as these: hence wide bins.
     """
     points = [((i + 0.5) / len(curve), m / 100) for i, m in enumerate(curve) if m is not None]
     slopes = [(m - l) / (b - a) for (a, l), (b, m) in zip(points, points[1:])]
@@ -152,82 +122,125 @@ def space_preference(curve):
 # ------------------------------------------------------------------------------------------------
 # Prediction
 
+PAMR = {"shapes": (4, (1, 2, 4, 8))}  # steps and dilations, elsewhere NACLIP's:
+NACLIP_PAMR = 10, (8, 16)
+
+
+@torch.no_grad()
+def pamr(image, logits, steps=10, dilations=(8, 16)):
+    """Refine logits by the image (PAMR, Araslanov and Roth, 2020): smooth, but not across edges.
+
+    Every pixel's logits become a weighted mean of those of its 8 neighbours at each dilation,
+    `steps` times; an image ends in copies of its border. The weights are a softmax over all
+    neighbours of -mean over RGB of |difference| / 0.1σ, with σ the standard deviation of the
+    neighbourhood, the pixel itself included once per dilation. image: B×3×H×W, in any unit; logits:
+    B×C×h×w, taken to the image's size first (bilinear, aligned corners). Returns float32 B×C×H×W.
+    """
+    image, (H, W), far = image.float(), image.shape[2:], max(dilations)
+
+    def neighbours(x):
+        padded = F.pad(x, [far] * 4, mode="replicate")
+        for d, dy, dx in itertools.product(dilations, (-1, 0, 1), (-1, 0, 1)):
+            if dy or dx:
+                yield padded[:, :, far + d * dy :, far + d * dx :][:, :, :H, :W]
+
+    n = 9 * len(dilations)
+    mean = (sum(neighbours(image)) + len(dilations) * image) / n
+    squares = sum((other - mean) ** 2 for other in neighbours(image))
+    sigma = ((squares + len(dilations) * (image - mean) ** 2) / (n - 1)).sqrt()
+    weights = torch.stack([-((other - image).abs() / (0.1 * sigma + 1e-8)).mean(1, keepdim=True)
+                           for other in neighbours(image)]).softmax(0)  # 8·len(dilations)×B×1×H×W
+    parts = [*logits.split(max(1, 2**20 // (len(image) * H * W)), 1)]  # what a cache holds
+    for n, x in enumerate(parts):
+        x = F.interpolate(x.float(), (H, W), mode="bilinear", align_corners=True)
+        for _ in range(steps):
+            mixed = torch.zeros_like(x)
+            for weight, other in zip(weights, neighbours(x)):
+                mixed.addcmul_(weight, other)
+            x = mixed
+        parts[n] = x
+    return torch.cat(parts, 1)
+
 
 class Segmenter:
     """Any network as a function from images to label maps, one per stage it knows.
 
-    network: a RectifiedCLIP, a distill.Student, or the path of a checkpoint; source: where the
-    checkpoint's CLIP is now, if not where it was. names: "maskclip" and "rectified", or
-    "distilled". pd: prompt denoising of the rectified logits, "recipe" for the checkpoint's own;
-    where that switches classes off, "rectified_no_pd" is there too. slide: None, or (window,
-    stride) in pixels. pamr: None, or (steps, dilations) of PAMR, for one more map of each of the
-    names, NAME_pamr.
+    network: a RectifiedCLIP, a distill.Student, or the path of a checkpoint; source: where its CLIP
+    is now, if not where it was. names: "maskclip" and "rectified", or "distilled". pd: prompt
+    denoising of the rectified logits, "recipe" for the checkpoint's own, of which "rectified_no_pd"
+    is there too. slide: None, or (window, stride) in pixels; flip: mean of the logits of a view and
+    its mirror image. pamr: None, or PAMR's (steps, dilations), for one more map of each of the
+    names, NAME_pamr, made on the view or, with pamr_size "image", at the image's own size.
+    presence: None, or (A, model, Wq, r): A·log `presence_prior` is added to logits / `temperature`.
     """
 
-    def __init__(self, network, device="cpu", source=None, pd="recipe", slide=None, amp=False,
-                 pamr=None):
-        self.path, self.finished = None, True
+    def __init__(self, network, device="cpu", source=None, pd="recipe", slide=None, flip=False,
+                 amp=False, pamr=None, pamr_size="view"):
+        self.finished, self.clip = True, None
         if isinstance(network, (str, Path)):
-            self.path, checkpoint = Path(network), load_checkpoint(network)
-            self.finished = checkpoint["finished"]
-            network = (load_student(network, device) if checkpoint["kind"] == "distill" else
-                       open_rectified(network, device, source))
+            path, checkpoint = network, load_checkpoint(network)
+            self.finished, self.clip = checkpoint["finished"], checkpoint["clip"]
+            network = (load_student(path, device) if checkpoint["kind"] == "distill" else
+                       open_rectified(path, device, source))
         self.network, self.student = network, not isinstance(network, RectifiedCLIP)
-        self.settings, self.classes = network.settings, network.classes
+        s, self.settings, self.classes = network.settings, network.settings, network.classes
         self.both = pd == "recipe"  # with and without
-        self.pd = self.settings.pd if self.both else pd
-        self.slide, self.amp, self.pamr = slide, amp, pamr
-        s = self.settings
-        plain = not (getattr(s, "learn_query", False) or getattr(s, "tune_encoder", False))
+        self.pd = None if self.student else s.pd if self.both else pd
+        self.slide, self.flip, self.amp = slide, flip, amp
+        self.pamr, self.pamr_size, self.presence = pamr, pamr_size, None
         self.names = ["distilled"] if self.student else (
-            ["maskclip"] * plain + ["rectified"] * (s.method != "maskclip"))
+            ["maskclip"] * (not (s.learn_query or s.tune_encoder))
+            + ["rectified"] * (s.method != "maskclip"))
+        # MaskCLIP's logits are of names, of which the best decides last of all, as in NACLIP.
+        counts = torch.tensor(name_counts(self.classes))
+        self.class_of = torch.arange(len(counts)).repeat_interleave(counts).to(device)
 
     @torch.no_grad()
     def stages(self, views):
         """{name: (features B×K×h×w, logits B×C×h×w)} of uint8 views B×3×H×W, and the (height,
         width) that they cover: the view by a student's grid, whole patches by a ViT's.
 
-        Features are what a linear probe sees. CLIP is frozen, so Z is MaskCLIP's; "rectified" is Z
-        beside the rectified logits, D+C channels; "distilled" is Ẑ, of unit length.
+        Features are for a linear probe: Z, "rectified" with the logits beside it, D+C channels, or
+        Ẑ of unit length. MaskCLIP has logits of names, of which a class may have several.
         """
+        network = self.network
         if self.student:
-            Z_hat, logits = self.network(views, amp=self.amp)
+            Z_hat, logits = network(views, amp=self.amp)
             return {"distilled": (F.normalize(Z_hat, dim=1), logits)}, views.shape[2:]
-        Z, p = self.network.inputs(self.network.encode(views, amp=self.amp))
-        Mq, M = self.network.rectifier(Z, p, self.network.Wr)
-        stages = dict(maskclip=(Z, Mq), rectified=(torch.cat([Z, M], 1), M))
-        padded = tuple(side * self.network.patch for side in Z.shape[2:])
+        Z, p = network.inputs(network.encode(views, amp=self.amp))
+        M = network.rectifier(Z, p, network.Wr)[1]
+        stages = dict(maskclip=(Z, classify(Z, network.rectifier.Wq)),
+                      rectified=(torch.cat([Z, M], 1), M))
+        padded = tuple(side * network.patch for side in Z.shape[2:])
         return {name: stages[name] for name in self.names}, padded
 
-    def whole_logits(self, views):
-        """The logits of `stages` alone, and the area that they cover."""
-        stages, padded = self.stages(views)
-        return {name: logits for name, (_, logits) in stages.items()}, padded
-
-    def sliding_logits(self, views):
-        """Mean logits of overlapping windows, at the resolution of the views."""
-        (window, stride), (H, W) = self.slide, views.shape[2:]
+    def mean_logits(self, views):
+        """Mean logits of overlapping windows, and of their mirror images, at the views' size."""
+        H, W = views.shape[2:]
+        window, stride = self.slide or [max(H, W)] * 2
         starts = lambda side: sorted({min(i, max(side - window, 0))
                                       for i in range(0, side, stride)})
-        sums, count = {}, torch.zeros(H, W, device=views.device)
-        for top, left in itertools.product(starts(H), starts(W)):
+        sums, times = {}, torch.zeros(H, W, device=views.device)
+        for top, left, mirrored in itertools.product(starts(H), starts(W), {False, self.flip}):
             part = views[:, :, top : top + window, left : left + window]
             h, w = part.shape[2:]
-            outputs, padded = self.whole_logits(part)
-            for name, logits in outputs.items():
+            stages, padded = self.stages(part.flip(3) if mirrored else part)
+            for name, (_, logits) in stages.items():
                 logits = F.interpolate(logits, padded, mode="bilinear")[..., :h, :w]
+                logits = logits.flip(3) if mirrored else logits
                 total = sums.setdefault(name, logits.new_zeros(*logits.shape[:2], H, W))
                 total[:, :, top : top + h, left : left + w] += logits
-            count[top : top + h, left : left + w] += 1
-        return {name: total / count for name, total in sums.items()}
+            times[top : top + h, left : left + w] += 1
+        return {name: total / times for name, total in sums.items()}
 
     @torch.no_grad()
     def logits(self, views):
-        """As `whole_logits`, with sliding windows and prompt denoising where they are asked for."""
-        if self.slide:
-            outputs, padded = self.sliding_logits(views), views.shape[2:]
+        """{name: logits} of all stages, denoised too, and the (height, width) that they cover."""
+        if self.slide or self.flip:
+            outputs, padded = self.mean_logits(views), views.shape[2:]
         else:
-            outputs, padded = self.whole_logits(views)
+            stages, padded = self.stages(views)
+            outputs = {name: logits for name, (_, logits) in stages.items()}
         if "rectified" in outputs and self.pd is not None:
             without = outputs["rectified"]
             outputs["rectified"] = prompt_denoising(without, self.pd, self.settings.pd_temperature)
@@ -235,22 +248,31 @@ class Segmenter:
         return outputs, padded
 
     @torch.no_grad()
-    def __call__(self, views, size, only=None, sure=False):
-        """{name: int64 B×H×W} for uint8 views B×3×h×w of images whose labels have `size` (H, W).
+    def __call__(self, views, images, only=None, sure=False):
+        """{name: int64 B×H×W} for uint8 views B×3×h×w of images B×3×H×W.
 
-        only: one of the names; sure: the map comes in a pair with its `most_likely` probability.
+        only: one of the names, for its map alone, in a pair with the probability of `most_likely`
+        if that is asked for (sure), else None.
         """
-        (outputs, padded), view, maps = self.logits(views), views.shape[2:], {}
-        refined = [f"{name}_pamr" for name in self.names if self.pamr]
-        for name in [only] if only else [*outputs, *refined]:
-            plain = name.removesuffix("_pamr")
+        outputs, padded = self.logits(views)
+        view, size, maps = views.shape[2:], images.shape[2:], {}
+        if self.presence:
+            A, *witness = self.presence
+            p = [presence_prior(image, *witness, self.classes, self.amp) for image in images]
+            for name, logits in outputs.items():
+                prior = A * self.temperature(name) * torch.stack(p).log()[:, :, None, None]
+                outputs[name] = logits + (prior[:, self.class_of] if name == "maskclip" else prior)
+        at, guide = (size, images) if self.pamr_size == "image" else (view, views)
+        for name in [only] if only else [*outputs, *(f"{n}_pamr" for n in self.names if self.pamr)]:
+            plain, probability = name.removesuffix("_pamr"), None
             if name == plain and not sure:
-                maps[name] = label_map(outputs[name], padded, view, size)
-                continue
-            refine = None if name == plain else lambda part: pamr(views, part, *self.pamr)
-            pair = most_likely(outputs[plain], padded, view, size, self.temperature(plain), refine)
-            maps[name] = pair if sure else pair[0]
-        return maps
+                labels = label_map(outputs[name], padded, view, size)
+            else:
+                refine = None if name == plain else lambda part: pamr(guide, part, *self.pamr)
+                labels, probability = most_likely(outputs[plain], padded, view, size,
+                                                  self.temperature(plain), refine, at)
+            maps[name] = self.class_of[labels] if plain == "maskclip" else labels
+        return (maps[only], probability) if only else maps
 
     def temperature(self, name):
         """That of a softmax over the classes: the one at which prompt denoising looks at such
@@ -262,126 +284,127 @@ class Segmenter:
         return 0.01 if self.network.head.decoder is None else 0.1
 
 
-def most_likely(logits, padded, view, size, temperature, refine=None):
+def most_likely(logits, padded, view, size, temperature, refine=None, at=None):
     """Class of every pixel and its probability, softmax(logits / temperature), both B×H×W.
 
-    As `label_map` with the softmax after upsampling; refine: what is done before, at the resolution
-    of the view, to the logits of some classes, B×K×h×w. In chunks of classes, too.
+    As `label_map` with the softmax after upsampling; refine: what is done before to the logits of
+    some classes, B×K×h×w, at the resolution `at`: by default the view's. In chunks of classes.
     """
-    chunk, best = max(1, min(32, 2**26 // (len(logits) * math.prod(size)))), None
+    chunk = max(1, min(32, 2**26 // (len(logits) * math.prod(size))))
+    best = total = logits.new_full((len(logits), *size), -math.inf)
+    labels = torch.zeros_like(best, dtype=torch.int64)
     for first in range(0, logits.shape[1], chunk):
         part = F.interpolate(logits[:, first : first + chunk], padded, mode="bilinear")
         part = part[..., : view[0], : view[1]]
-        part = part if refine is None else refine(part)
+        part = part if refine is None else refine(F.interpolate(part, at or view, mode="bilinear"))
         part = F.interpolate(part, size, mode="bilinear") / temperature
-        (value, index), mass = part.max(1), part.logsumexp(1)
-        if best is None:
-            best, labels, total = value, index, mass
-        else:
-            labels = torch.where(value > best, index + first, labels)
-            best, total = torch.maximum(value, best), torch.logaddexp(total, mass)
+        value, index = part.max(1)
+        labels = torch.where(value > best, index + first, labels)
+        best, total = torch.maximum(value, best), torch.logaddexp(total, part.logsumexp(1))
     return labels, (best - total).exp()
+
+
+@torch.no_grad()
+def presence_prior(image, model, Wq, r, classes, amp=False):
+    """How likely each class is in a picture at all, by CLIP's view of its crops; C, sum 1.
+
+    The mean over the crops of softmax(cosine / 0.01). Not in the papers, which ask about crops
+    (Sec. III-D, Eq. 6) in training alone. image: uint8 3×H×W; model: a CLIP; Wq: a row for each
+    name of the classes; r: side of a crop relative to the image's; amp: encode in bf16.
+    """
+    crops = cut_crops(image, r, model.visual.input_resolution)
+    cosines = F.normalize(clip_features(model, crops, amp), dim=1) @ Wq.T
+    p = (best_name(cosines, name_counts(classes)) / 0.01).softmax(1).mean(0)
+    return p.clamp(min=1e-30)  # so that its logarithm is finite
+
+
+def witness(segment, path, device, source=None):
+    """The CLIP that `presence_prior` asks, and its Wq; for a student its teacher's. path: of the
+    checkpoint; source: where that CLIP is now, if not where it was. Raises UserError."""
+    s = segment.settings
+    if not segment.student:
+        model, Wq = segment.network.model, segment.network.rectifier.Wq
+        return model, query_features(model, segment.classes) if s.learn_query else Wq
+    try:
+        model = load_clip(source or s.clip, s.activation, device, s.heads)
+    except UserError as error:
+        raise UserError(f"--presence asks the CLIP of the teacher of {path}: {error}; say with "
+                        "--clip where it is") from None
+    if clip_fingerprint(model) != segment.clip:
+        raise UserError(f"{path} was distilled from another CLIP than {source or s.clip}")
+    return model, query_features(model, segment.classes)
 
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-class Labelled:
-    """(view, label) of a SegmentationData, and the label's `distance_bins` if `bins` is above 0."""
-
-    def __init__(self, data, scale, bins=0):
-        self.data, self.scale, self.bins = data, scale, bins
-
-    def __getitem__(self, i):
-        view, label = resize_to_scale(self.data.image(i), self.scale), self.data.label(i)
-        places = (distance_bins(label, self.data.objects(i), self.bins),) if self.bins else ()
-        return tuple([view, *(part.to(torch.uint8) for part in (label, *places))])
-
-
-def grouped_by_size(items, batch):
-    """Collect tuples of tensors (view, label, …) into batches of which each part is of one size.
-
-    At most 4·batch items wait for others of their size: beyond, the largest group goes as it is.
-    """
-    groups, waiting = {}, 0
-    for item in items:
-        group = groups.setdefault(tuple(part.shape for part in item), [])
-        group.append(item)
-        waiting += 1
-        if len(group) == batch or waiting == 4 * batch:
-            full = groups.pop(max(groups, key=lambda size: len(groups[size])))
-            waiting -= len(full)
-            yield [torch.stack(part) for part in zip(*full)]
-    yield from ([torch.stack(part) for part in zip(*group)] for group in groups.values())
-
-
-def evaluate(segment, data, scale, device, batch=16, workers=0, bins=0):
+def evaluate(segment, data, scale, device, workers=0, bins=0):
     """{name: confusion matrix} over all labelled images of `data`, each counted once.
 
-    Of several processes each takes every world-th block of images; all get the whole result.
-    segment: a Segmenter, or any function (views, size) → {name: int64 B×H×W}. bins: if more than 0,
-    the matrices are those of `confusion_by_distance`.
+    Of several processes each takes every world-th image; all get the whole result.
+    segment: a Segmenter, or any function of views B×3×h×w and images B×3×H×W, both uint8, to {name:
+    int64 B×H×W}. bins: if more than 0, the matrices are (bins+1)×C×C, by `distance_bins`.
     """
-    items = Labelled(data, scale, bins)
-    own = torch.cat(torch.arange(len(data)).split(batch)[rank()::world()] or [torch.arange(0)])
-    reader = read_ahead(items, own.tolist(), workers)
+    def read(i):
+        image, label = data.image(i), data.label(i)
+        place = distance_bins(label, data.objects(i), bins) if bins else label
+        return resize_to_scale(image, scale), image, label.to(torch.uint8), place.to(torch.uint8)
+
     C, totals, progress = len(data.classes), {}, Progress("evaluate", len(data))
-    for views, labels, *nearest in grouped_by_size(reader, batch):
-        views, labels, *nearest = (to_device(part, device) for part in (views, labels, *nearest))
-        for name, prediction in segment(views, labels.shape[1:]).items():
-            matrix = (confusion_by_distance(prediction, labels, *nearest, C, bins) if bins else
-                      confusion_matrix(prediction, labels, C))
+    for item in read_ahead(read, range(rank(), len(data), world()), workers):
+        view, image, label, place = (to_device(part[None], device) for part in item)
+        for name, prediction in segment(view, image).items():
+            matrix = confusion_matrix(prediction, label, C, *(place, bins + 1) * bool(bins))
             totals[name] = totals[name] + matrix if name in totals else matrix
-        progress.advance(len(views) * world())
+        progress.advance(world())
     progress.close()
     parts = gather({name: total.cpu() for name, total in totals.items()})
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: sum(part[name] for part in parts if name in part) for name in names}
+    return {name: sum(part[name] for part in parts if part) for name in parts[0]}
 
 
 def hypothesis_quality(hypothesis, data):
-    """Precision and recall, in per cent, of image-level hypotheses against the labels of `data`.
-
-    hypothesis: a function from an image's index, in a list, to bool 1×C. Counts all (image, class)
-    pairs alike.
+    """Precision and recall, in per cent, of image-level hypotheses against the labels of `data`:
+    a function from an image's index, in a list, to bool 1×C. All (image, class) pairs count alike.
     """
     hits = said = true = 0
     for i in range(len(data)):
-        kept, present = hypothesis([i])[0], data.label(i).unique()
-        present = present[present != VOID]
+        kept, label = hypothesis([i])[0], data.label(i)
+        present = label[label != VOID].unique()
         hits, said = hits + kept[present].sum().item(), said + kept.sum().item()
         true += len(present)
     return 100 * hits / max(1, said), 100 * hits / max(1, true)
 
 
-def bias_scores(confusions, objects):
-    """What --bias adds to a stage's results, from its confusion matrices by distance.
-
-    objects: what an object is, in words.
-    """
-    curve, bins = distance_curve(confusions[:-1]), len(confusions) - 1
-    return dict(
-        class_preference=class_preference(confusions.sum(0)),
-        space_preference=space_preference(curve), objects=objects,
-        distance_curve=[dict(distance=[i / bins, (i + 1) / bins], miou=miou, pixels=int(m.sum()))
-                        for i, (miou, m) in enumerate(zip(curve, confusions))])
+def doubts(confusion, classes):
+    """Lines on what may be wrong with labels: classes that none of them holds, and a mIoU below
+    chance. confusion: int64 C×C; classes: C names. Raises UserError where all labels are void."""
+    absent = [name for name, pixels in zip(classes, confusion.sum(1)) if not pixels]
+    if len(absent) == len(classes):
+        raise UserError("no pixel of any label has a class: all are void (255)")
+    more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+    lines = [f"no label holds {', '.join(absent[:5])}{more} (255 is void)"] * bool(absent)
+    # Chance: each class at as many pixels as here, true and predicted, but strewn at random.
+    strewn = torch.outer(confusion.double().sum(1), confusion.double().sum(0)) / confusion.sum()
+    miou, by_chance = scores(confusion)["miou"], scores(strewn)["miou"]
+    if miou < by_chance - 0.005:  # more than rounding
+        lines.append(f"mIoU {miou:.2f} is below chance ({by_chance:.2f}): most likely the labels "
+                     f"have the classes in another order than {', '.join(classes[:3])}, …")
+    return lines
 
 
 def table(results, classes):
     """A text table, a column per result: mIoU, pixel accuracy, bias scores, IoU of every class."""
-    biased = next((r["distance_curve"] for r in results.values() if "distance_curve" in r), [])
-    rows = [("mIoU", [r["miou"] for r in results.values()]),
-            ("pixel accuracy", [r["pixel_accuracy"] for r in results.values()])]
-    for key in ("class_preference", "space_preference") if biased else ():
-        rows.append((key.replace("_", "-"), [r.get(key) for r in results.values()]))
-    for n, part in enumerate(biased):
-        low, high = part["distance"]
-        rows.append((f"mIoU, distance {low:.1f}–{high:.1f}", [
-            r["distance_curve"][n]["miou"] if "distance_curve" in r else None
-            for r in results.values()]))
+    column = lambda key: [result.get(key) for result in results.values()]
+    curves = column("distance_curve")
+    rows = [("mIoU", column("miou")), ("pixel accuracy", column("pixel_accuracy"))]
+    for key in ["class", "space"] * any(curve is not None for curve in curves):
+        rows.append((f"{key}-preference", column(f"{key}_preference")))
+    for n, part in enumerate(next(filter(None, curves), [])):
+        rows.append(("mIoU, distance {:.1f}–{:.1f}".format(*part["distance"]),
+                     [curve and curve[n]["miou"] for curve in curves]))
     rule = len(rows) + 1
-    rows += [(name, [r["iou"][name] for r in results.values()]) for name in classes]
+    rows += [(name, [result["iou"][name] for result in results.values()]) for name in classes]
     heads = [name.replace("linear_probe_", "LP ") for name in results]
     wide, width = max(11, *map(len, heads)), max(18, *(len(name) for name, _ in rows))
     lines = [" " * width + "".join(f" {head:>{wide}}" for head in heads)]
@@ -393,104 +416,177 @@ def table(results, classes):
 
 
 def save_results(path, results):
-    """Add results to a run's results.json: {"maskclip": {"miou": …}, "rectified": …}, in percent.
-
-    What an evaluation with the same outcome has added before, such as bias scores, stays.
-    """
-    with folder_lock(path.parent / ".results.lock", wait=True):
-        try:
-            old = json.loads(path.read_text("utf-8")) if path.exists() else {}
-            if not all(isinstance(result, dict) for result in old.values()):
-                raise ValueError
-        except (ValueError, AttributeError):
-            raise UserError(f"{path} is damaged; delete it and evaluate again") from None
-        for name, result in results.items():
-            result = json.loads(json.dumps(result))
+    """Add results to a results.json, {"maskclip": {"miou": …}, …}. What an evaluation with the same
+    outcome has added before, such as bias scores, stays. Raises UserError for a damaged file."""
+    try:
+        old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        for name, result in json.loads(json.dumps(results)).items():
             before = old.get(name, {})
-            both = result.keys() & before.keys()
-            same = "iou" in both and all(result[key] == before[key] for key in both)
+            same = before and all(result[key] == before[key] for key in result.keys() & before)
             old[name] = before | result if same else result
-        write_text(path, json.dumps(old, indent=1, ensure_ascii=False) + "\n")
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is damaged; delete it and evaluate again") from None
+    write_text(path, json.dumps(old, indent=1, ensure_ascii=False) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------
-# Linear probe: what the features hold, told by a classifier that is given ground truth
-
-
-def class_shares(labels, C, view, padded, grid):
-    """The share of each cell of a grid that each class covers; B×C×h×w.
-
-    labels: int64 B×H×W, taken to the size `view`, the top left of the `padded` pixels of the grid.
-    """
-    labels = F.interpolate(labels[:, None].float(), view, mode="nearest-exact")[:, 0]
-    labels = F.pad(labels, (0, padded[1] - view[1], 0, padded[0] - view[0]), value=VOID)
-    classes = torch.arange(C, device=labels.device)[:, None, None]
-    return torch.stack([F.adaptive_avg_pool2d((one == classes).float(), grid) for one in labels])
-
-
-def linear_probe(segment, data, device, epochs=60, batch=16, workers=0, seed=0, memory=4):
+def linear_probe(segment, data, device, epochs=60, workers=0, seed=0, batch=2048, memory=4):
     """One 1×1 classifier on each stage's frozen features, trained with the ground truth of `data`.
 
-    segment: a Segmenter. Features are standardised first (BatchNorm without parameters, so the
-    classifier stays linear); cross-entropy against the classes' shares of a cell; AdamW, 1e-2, down
-    to 0 along a cosine over `epochs` of all images. CLIP and the student are frozen, so what they
-    say is kept after the first epoch where it fits into `memory` GiB (on the device).
-
-    Returns a function (views, size) → {"linear_probe_" + name: int64 B×H×W}.
+    segment: a Segmenter. Features are standardised; cross-entropy against the share of a patch that
+    each class covers; AdamW, 1e-2, down to 0 along a cosine over `epochs`, `batch` patches at a
+    time. Of an image at most so many take part, drawn at random, that all fit into `memory` GiB.
+    Returns a function for `evaluate`, to {"linear_probe_" + name: int64 B×H×W}.
     """
-    C, probes, kept, left = len(data.classes), nn.ModuleDict(), [], memory * 2**30
-    progress = Progress("linear probe", epochs * len(data))
-
-    def shuffled(n, epoch):
-        generator = torch.Generator().manual_seed(draw_seed(seed, epoch, "linear probe"))
-        return torch.randperm(n, generator=generator).tolist()
-
-    def batches(epoch):
-        """Features by stage, {name: float16 B×K×h×w}, and class shares, B×C×h×w."""
-        nonlocal left
-        if kept:
-            yield from [kept[i] for i in shuffled(len(kept), epoch)]
-            return
-        items = Labelled(data, segment.settings.scale)
-        for views, labels in grouped_by_size(
-                read_ahead(items, shuffled(len(data), epoch), workers), batch):
-            stages, padded = segment.stages(views.to(device))
-            features = {name: feature.half() for name, (feature, _) in stages.items()}
-            grid = next(iter(features.values())).shape[2:]
-            shares = class_shares(labels.to(device), C, views.shape[2:], padded, grid)
-            kept.append((features, shares))
-            yield kept[-1]
-            left -= sum(part.nbytes for part in (*features.values(), shares))
-            if left < 0:
-                kept.clear()
-
-    for features, shares in itertools.chain.from_iterable(map(batches, range(epochs))):
-        if not probes:
-            torch.manual_seed(seed)
-            for name, feature in features.items():
-                K = feature.shape[1]
-                probes[name] = nn.Sequential(nn.BatchNorm2d(K, affine=False), nn.Conv2d(K, C, 1))
-            optimizer = torch.optim.AdamW(probes.to(device).parameters())
-        done = progress.done / progress.total
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * done)) / 2
-        loss = 0.0
-        for name, feature in features.items():
-            log_p = probes[name](feature.float()).log_softmax(1)
-            loss = loss - (shares * log_p).sum() / shares.sum().clamp(min=1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress.advance(len(shares), lambda: f"  loss {loss.item():.3f}")
+    C, generator, asked = len(data.classes), torch.Generator().manual_seed(seed), []
+    read = lambda i: (resize_to_scale(data.image(i), segment.settings.scale), data.label(i))
+    progress = Progress("features", len(data))
+    for view, label in read_ahead(read, range(len(data)), workers):
+        (h, w), (stages, padded) = view.shape[1:], segment.stages(view[None].to(device))
+        features = {name: x[0].flatten(1).T.half() for name, (x, _) in stages.items()}
+        label = F.interpolate(label[None, None].float(), (h, w), mode="nearest-exact")[0]
+        label = F.pad(label, (0, padded[1] - w, 0, padded[0] - h), value=VOID)
+        shares = F.adaptive_avg_pool2d((label == torch.arange(C)[:, None, None]).float(),
+                                       next(iter(stages.values()))[0].shape[2:]).flatten(1).T
+        most = memory * 2**30 // (2 * len(data) * sum(x.shape[1] for x in features.values()))
+        chosen = shares.sum(1).nonzero()[:, 0]
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:most]].to(device)
+        asked.append((shares.to(device)[chosen], *(x[chosen] for x in features.values())))
+        progress.advance()
+    progress.close()
+    shares, *features = map(torch.cat, zip(*asked))
+    torch.manual_seed(seed)
+    probes = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(x.shape[1], affine=False),
+                                         nn.Conv2d(x.shape[1], C, 1)) for x in features).to(device)
+    optimizer = torch.optim.AdamW(probes.parameters())
+    progress = Progress("linear probe", epochs * len(shares))
+    for _ in range(epochs):
+        for rows in torch.randperm(len(shares), generator=generator).to(device).split(batch):
+            done = progress.done / progress.total
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * done)) / 2
+            loss = 0.0
+            for probe, x in zip(probes, features):
+                log_p = probe(x[rows].float()[..., None, None]).log_softmax(1)
+                loss = loss - (shares[rows] * log_p[..., 0, 0]).sum() / shares[rows].sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            progress.advance(len(rows), lambda: f"  loss {loss.item():.3f}")
     progress.close()
     probes.eval()
 
     @torch.no_grad()
-    def predict(views, size):
+    def predict(views, images):
         stages, padded = segment.stages(views)
-        return {f"linear_probe_{name}": label_map(probes[name](feature), padded, views.shape[2:],
-                                                  size) for name, (feature, _) in stages.items()}
+        return {f"linear_probe_{name}": label_map(probe(x), padded, views.shape[2:],
+                                                  images.shape[2:])
+                for probe, (name, (x, _)) in zip(probes, stages.items())}
 
     return predict
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures, as PIL images ("Fig." is ReCLIP++'s)
+
+
+def comparison(segmenters, data, device, count=5):
+    """Image, truth and predictions, where they are scored, of `count` images (Fig. 5).
+
+    segmenters: pairs of a Segmenter and {stage of it: heading}.
+    """
+    rows, present = [], set()
+    for i in evenly(len(data), count):
+        image, label = data.image(i), data.label(i)
+        maps = [label]
+        for segment, headings in segmenters:
+            view = resize_to_scale(image, segment.settings.scale)[None].to(device)
+            masks = segment(view, image[None].to(device))
+            maps += [masks[stage][0].cpu().where(label != VOID, VOID) for stage in headings]
+        present |= set(torch.stack(maps).unique().tolist()) - {VOID}
+        rows.append([image] + [overlay(image, m, data.palette) for m in maps])
+    headings = ["image", "truth"] + [h for _, stages in segmenters for h in stages.values()]
+    return picture_sheet(rows, headings, present, data.classes, data.palette,
+                         cell=max(120, min(190, 960 // len(headings))))
+
+
+@torch.no_grad()
+def heatmaps(segment, data, device, count=3, cell=136):
+    """The parts of the bias (Fig. 4; ReCLIP, Fig. 3) in `count` images, evenly spaced.
+
+    segment: a Segmenter of a checkpoint with a bias. Query and Reference logits, Z·Wqᵀ and Z·Wrᵀ,
+    the bias Mb, M and Mo: the class that each prefers, and below, blue for low and yellow for high,
+    the logits of the class of which MaskCLIP misses the most, whose true region is outlined.
+    """
+    network, rows, present = segment.network, [], set()
+    rectifier, Wr = network.rectifier, network.Wr
+    for i in evenly(len(data), count):
+        image, label = data.image(i), data.label(i)
+        view = resize_to_scale(image, segment.settings.scale)[None].to(device)
+        (h, w), (Z, p) = view.shape[2:], network.inputs(network.encode(view, amp=segment.amp))
+        Mq, Mo = rectifier(Z, p, Wr)
+        Mb = rectifier.bias(Z, p, Wr).expand_as(Mq)
+        maps = {"Query": Mq, "Reference": classify(Z, Wr), "bias": Mb,
+                "rectified": Mq + rectifier.sign * Mb}
+        maps |= {"decoded": Mo} if segment.settings.decoder else {}
+        padded = [side * network.patch for side in Z.shape[2:]]
+        for name, x in maps.items():
+            x = F.interpolate(x, padded, mode="bilinear")[..., :h, :w]
+            maps[name] = F.interpolate(x, label.shape, mode="bilinear")[0].cpu()
+        masks = [x.argmax(0).where(label != VOID, VOID) for x in maps.values()]
+        present |= set(torch.stack([label, *masks]).unique().tolist()) - {VOID}
+        k = int(label[(label != VOID) & (label != masks[0])].bincount(minlength=1).argmax())
+        inside = (label == k).float()[None]
+        outline, heat = F.max_pool2d(inside, 5, 1, 2) > inside, []
+        for x in (x[k] for x in maps.values()):
+            x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-12)
+            heat.append((255 * torch.stack([x, x**2, 1 - x])).byte().masked_fill(outline, 255))
+        truth, *masks = [overlay(image, mask, data.palette) for mask in (label, *masks)]
+        rows += [[image, *masks], [truth, *heat]]
+    return picture_sheet(rows, ["", *maps], present, data.classes, data.palette, cell)
+
+
+def confusion_figure(confusions, classes, colours):
+    """Confusion matrices side by side (Fig. 1 b): rows, true classes, as shares of their pixels, from
+    white to blue. confusions: {title: int64 C×C}; colours: uint8 C×3, beside rows and columns."""
+    pictures = []
+    for confusion in confusions.values():
+        share = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+        picture = torch.full((len(classes) + 1, len(classes) + 1, 3), 255.0).double()
+        picture[1:, 0] = picture[0, 1:] = colours.double()
+        picture[1:, 1:] += share[..., None]**0.6 * torch.tensor([-235, -185, -105])
+        pictures.append(picture.to(torch.uint8).movedim(-1, 0))
+    return picture_sheet([pictures], [*confusions], range(len(classes)), classes, colours,
+                         cell=max(240, 900 // len(pictures)))
+
+
+def chart(lines, ticks, title, width=900, height=480):
+    """mIoU against a quantity. lines: {name: points}, a point is (x, mIoU, half the length of its
+    error bar); ticks: values of x to mark, in ascending order; title: what x is."""
+    ends = [miou + end for points in lines.values() for _, miou, sd in points
+            for end in (-sd, sd)] or [0]
+    step = next(step for step in (1, 2, 5, 10, 20) if max(ends) - min(ends) < 6 * step)
+    low, high = step * math.floor(min(ends) / step), step * math.floor(max(ends) / step + 1)
+    left, top, right, bottom = 60, 20 + 26 * len(lines), width - 25, height - 60
+    across = lambda x: left + (x - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
+    up = lambda miou: bottom - (miou - low) / (high - low) * (bottom - top)
+
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    text = functools.partial(draw.text, font=ImageFont.load_default(16), fill="black", anchor="mm")
+    for miou in range(low, high + 1, step):
+        draw.line((left, up(miou), right, up(miou)), (215, 215, 215))
+        text((left - 8, up(miou)), str(miou), anchor="rm")
+    for tick in ticks:
+        draw.line((across(tick), bottom, across(tick), bottom + 6), "black")
+        text((across(tick), bottom + 18), f"{tick:.2g}")
+    text((width / 2, height - 16), f"mIoU in per cent; {title}")
+    colours = itertools.cycle([(44, 140, 80), (31, 90, 190), (214, 100, 20), (130, 60, 160)])
+    for n, ((name, points), colour) in enumerate(zip(lines.items(), colours)):
+        draw.line([(across(x), up(miou)) for x, miou, _ in points], colour, 3)
+        for x, miou, sd in points:
+            draw.line((across(x), up(miou - sd), across(x), up(miou + sd)), colour, 2)
+            draw.circle((across(x), up(miou)), 5, colour)
+        text((left, 15 + 26 * n), name, fill=colour, anchor="lm")
+    return sheet
 
 
 # ------------------------------------------------------------------------------------------------
@@ -498,135 +594,107 @@ def linear_probe(segment, data, device, epochs=60, batch=16, workers=0, seed=0, 
 
 
 def find_images(paths):
-    """The image files among paths and in the folders among them, as a list of Path.
+    """[(file, name)]: the image files among paths, and in the folders among them, as Paths.
 
-    Raises UserError, before anything is done, for a path that is not there and an empty folder.
+    name: of what is made of it, unlike the others': its path in the folder without ending; where
+    that is taken (photo.png beside photo.jpg, another folder's photo.jpg) with it, or a number.
+    Raises UserError for a path that is not there and an empty folder.
     """
-    files = []
+    images, used = [], set()
     for path in paths:
-        inside = [path / name for name in list_folder(path, PHOTOS)] if path.is_dir() else [path]
-        if not path.exists():
-            raise UserError(f"--images: no file or folder {path}")
+        inside = list_folder(path, PHOTOS) if path.is_dir() else [path.name] * path.exists()
         if not inside:
-            raise UserError(f"--images: no images in {path}; expected {', '.join(PHOTOS)}")
-        files += inside
-    return files
+            raise UserError(f"--images: no images in {path}; expected {', '.join(PHOTOS)}"
+                            if path.is_dir() else f"--images: no file or folder {path}")
+        for i in inside:
+            stem = os.path.splitext(i)[0]
+            ways = itertools.chain([stem, i], (f"{stem}-{n}" for n in itertools.count(2)))
+            name = next(way for way in ways if way not in used)
+            used.add(name)
+            images.append((path / i if path.is_dir() else path, name))
+    return images
 
 
-class Photos:
-    """(image, view) of image files, or, where a file cannot be read, the message that says so."""
+def predict(segment, stage, images, out, device, workers=0, confidence=False, unknown_below=0.0):
+    """Masks of image files of any size. Raises UserError for a folder of other classes and, after
+    all are done, where some files could not be read.
 
-    def __init__(self, files, scale):
-        self.files, self.scale = files, scale
-
-    def __getitem__(self, i):
-        try:
-            image = read_image(self.files[i])
-        except UserError as error:
-            return str(error)
-        return image, resize_to_scale(image, self.scale)
-
-
-def safe_name(path, used):
-    """A name for what is made of an image: its own, of harmless characters, unlike those in `used`.
-
-    used: a set of names without regard to case, which the new one joins. The second photo.jpg, or
-    photo.png beside photo.jpg, becomes photo-2.
-    """
-    stem = re.sub(r"[^\w.-]+", "_", path.stem).strip(".")[:50] or "image"
-    names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-    name = next(name for name in names if name.lower() not in used)
-    used.add(name.lower())
-    return name
-
-
-def predict(segment, stage, files, out, device, workers=0, confidence=False, unknown_below=0.0):
-    """Masks of image files of any size, one after the other. Raises UserError for a folder of other
-    classes and, after all are done, where some files could not be read.
-
-    stage: one that the Segmenter has; files: list of Path; out: the folder, for
-    masks/NAME.png       the class of every pixel, 0…C-1, as a palette picture of the image's size,
+    stage: one that the Segmenter has; images: as `find_images` gives them; out: the folder, for
+    masks/NAME.png       the class of every pixel, 0…C-1, as a palette picture of the image's size;
+                         255, no class, where its probability is less than unknown_below,
     overlays/NAME.png    the classes in colour on the image, 420 to 1000 pixels, with a legend,
-    confidence/NAME.png  if asked for, the highest probability of every pixel, 0…255 in grey: of a
-                         softmax over the classes, at `Segmenter.temperature`, of the logits that
-                         the mask is taken from, upsampled (after prompt denoising and PAMR),
+    confidence/NAME.png  if asked for, the `most_likely` probability of every pixel, 0…255 in grey,
     classes.json         the C names,
     predictions.jsonl    a line for every file: what was made of it, the per cent of its pixels that
-                         each class has, and its mean confidence; .part until all are done.
-    Pixels whose probability is less than unknown_below are 255 in the mask, and of no class.
+                         each class has, and its mean confidence.
     """
-    names, used, failed, waiting = [*map(called, segment.classes)], set(), [], None
-    colours = dataset_palette(segment.settings.dataset, len(names))
-    progress = Progress("predict", len(files))
-    photos = read_ahead(Photos(files, segment.settings.scale), range(len(files)), workers)
+    names, failed, lines = [*map(called, segment.classes)], [], []
+    known, progress = out / "classes.json", Progress("predict", len(images))
+    make_folder(out)
+    if known.exists() and known.read_text("utf-8") != json.dumps(names):
+        raise UserError(f"{out} has the masks of other classes than {', '.join(names[:5])}; "
+                        "choose another folder with --out")
+    write_text(known, json.dumps(names))
 
-    def note(written):
-        lines.write(json.dumps(written.result()) + "\n")
-        lines.flush()
+    def read(image):
+        try:
+            pixels = read_image(image[0])
+            return *image, pixels, resize_to_scale(pixels, segment.settings.scale)
+        except UserError as error:
+            return *image, None, str(error)
+
+    for path, name, image, view in read_ahead(read, images, workers):
+        line = dict(image=str(path))
+        if image is None:
+            print(f"error: {printable(view)}", file=sys.stderr)
+            failed.append(str(path))
+            line["error"] = view
+        else:
+            masks, sure = segment(view[None].to(device), image[None].to(device), stage,
+                                  confidence or unknown_below > 0)
+            if unknown_below:
+                masks[sure < unknown_below] = VOID
+            line |= dict(stage=stage) | write_prediction(
+                out, name, image, masks[0].cpu(), names, segment.settings.dataset,
+                sure[0].cpu() if confidence else None)
+        lines.append(json.dumps(line) + "\n")
         progress.advance()
-
-    try:
-        for folder in ["masks", "overlays"] + ["confidence"] * confidence:
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        known = out / "classes.json"
-        if known.exists() and known.read_bytes() != json.dumps(names).encode():
-            raise UserError(f"{out} has the masks of other classes than {', '.join(names[:5])}; "
-                            "choose another folder with --out")
-        write_text(known, json.dumps(names))
-        with (open(out / "predictions.jsonl.part", "w") as lines,
-              ThreadPoolExecutor(1) as writer):  # files are written while the network is at work
-            for path, loaded in zip(files, photos):
-                if isinstance(loaded, str):
-                    print(f"error: {printable(loaded)}", file=sys.stderr)
-                    failed.append(path)
-                    job = functools.partial(dict, image=str(path), error=loaded)
-                else:
-                    image, view = loaded
-                    asked = segment(view[None].to(device), image.shape[1:], stage,
-                                    sure=confidence or unknown_below > 0)[stage]
-                    mask, sure = (x[0].cpu() for x in asked) if isinstance(asked, tuple) else (
-                        asked[0].cpu(), None)
-                    if unknown_below:
-                        mask[sure < unknown_below] = VOID
-                    job = functools.partial(
-                        write_prediction, out, safe_name(path, used), image, mask, names, colours,
-                        sure if confidence else None, dict(image=str(path), stage=stage))
-                if waiting is not None:
-                    note(waiting)
-                waiting = writer.submit(job)
-            note(waiting)
-        progress.close()
-        (out / "predictions.jsonl.part").replace(out / "predictions.jsonl")
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error}") from None
-    print(printable(f"{len(files) - len(failed)} images ({stage}) → {out}/"))
+    progress.close()
+    write_text(out / "predictions.jsonl", "".join(lines))
+    print(printable(f"{len(images) - len(failed)} images ({stage}) → {out}/"))
     if failed:
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
-        raise UserError(f"{len(failed)} of {len(files)} images could not be read: "
-                        + ", ".join(map(str, failed[:5])) + more)
+        raise UserError(f"{len(failed)} of {len(images)} images could not be read: "
+                        + ", ".join(failed[:5]) + more)
 
 
-def write_prediction(out, name, image, mask, names, colours, sure, line):
-    """The files of one image, as `predict` says; returns its line with what is in them.
+def write_prediction(out, name, image, mask, names, dataset, sure):
+    """The files of one image, as `predict` says; returns what its line says of them. image: uint8
+    3×H×W; mask: int64 H×W; dataset: whose colours; sure: H×W, the confidence, or None."""
+    def save(folder, picture):
+        path = out / folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(picture, path)
+        return f"{folder}/{name}.png"
 
-    image: uint8 3×H×W; mask: int64 H×W; sure: H×W, the confidence, or None.
-    """
-    C, pixels = len(names), mask.flatten()
-    count = pixels.bincount(minlength=256)[:C]
-    area = 100 * count / len(pixels)
-    order = [k for k in area.argsort(descending=True).tolist() if count[k] > 0]
+    C, pixels, colours = len(names), mask.flatten(), dataset_palette(dataset, len(names))
+    counts = pixels.bincount(minlength=256)[:C]
+    area = 100 * counts / len(pixels)
+    order = [k for k in area.argsort(descending=True).tolist() if counts[k] > 0]
     picture = Image.fromarray(mask.to(torch.uint8).numpy())
     # With all 256 colours: Pillow would store fewer in fewer bits, which have no 255.
     picture.putpalette(F.pad(colours, (0, 0, 0, 256 - C)).flatten().tolist())
-    save_picture(picture, out / "masks" / f"{name}.png")
-    entries = [(f"{names[k]} {area[k]:.1f} %", colours[k]) for k in order]
-    save_picture(with_legend(image, mask, colours, entries), out / "overlays" / f"{name}.png")
-    line |= dict(mask=f"masks/{name}.png", overlay=f"overlays/{name}.png", width=image.shape[2],
-                 height=image.shape[1], areas={names[k]: round(area[k].item(), 4) for k in order})
+    side = min(1000, max(420, *image.shape[1:]))
+    small = resize_to_scale(image, (side, side))
+    shown = F.interpolate(mask[None, None].float(), small.shape[1:], mode="nearest-exact")[0, 0]
+    sheet = picture_sheet([[overlay(small, shown.long(), colours)]], [], order, [
+        f"{name} {share:.1f} %" for name, share in zip(names, area)], colours, side)
+    line = dict(mask=save("masks", picture), overlay=save("overlays", sheet),
+                width=image.shape[2], height=image.shape[1],
+                areas={names[k]: round(area[k].item(), 4) for k in order})
     if sure is not None:
-        picture = Image.fromarray((255 * sure).round().to(torch.uint8).numpy())
-        save_picture(picture, out / "confidence" / f"{name}.png")
-        mean = pixels.bincount(sure.flatten().double(), minlength=256)[:C] / count
+        save("confidence", Image.fromarray((255 * sure).round().to(torch.uint8).numpy()))
+        mean = pixels.bincount(sure.flatten().double(), minlength=256)[:C] / counts
         line["confidence"] = {names[k]: round(mean[k].item(), 4) for k in order}
     return line
 
@@ -634,42 +702,29 @@ def write_prediction(out, name, image, mask, names, colours, sure, line):
 # ------------------------------------------------------------------------------------------------
 # The command
 
-PAMR = {"shapes": (4, (1, 2, 4, 8))}  # steps and dilations, elsewhere NACLIP's:
-NACLIP_PAMR = 10, (8, 16)
-
-
-def newest_checkpoint(folder=Path("runs")):
-    """The checkpoint under a folder that was written last. Raises UserError if there is none."""
-    found = [path for name in ("reclip.pt", "distill.pt") for path in folder.glob(f"*/{name}")]
-    if not found:
-        raise UserError(f"no checkpoint under {folder}/; run python reclip.py first, or name one "
-                        "with --checkpoint")
-    return max(found, key=lambda path: path.stat().st_mtime)
-
 
 def open_segmenter(args, path, device):
-    """The Segmenter of a checkpoint, ours or the authors', or, without a path, of --classes.
-
-    Its `folder` is where results go by default. Raises UserError.
-    """
-    options = dict(device=device, source=args.clip, slide=args.slide, amp=use_amp(args.amp, device),
-                   pd=None if args.no_pd else "recipe" if args.pd is None else args.pd)
-    state = None if path is None else authors_state(path)
-    if path is not None and state is None:
-        given = [f"--{name}" for name in ("surgery", "sigma", "activation", "heads", "preset")
-                 if getattr(args, name) is not None]
-        if given:
-            raise UserError(f"{' and '.join(given)}: what {path} was trained with cannot be "
-                            "changed afterwards")
-        segment = Segmenter(path, **options)
-        segment.folder = path.parent
-    else:
-        segment = Segmenter(open_foreign(args, path, state, device), **options)
-        segment.folder = Path("runs", f"authors-{path.stem}" if path else "maskclip")
-    segment.path = path
+    """The Segmenter of a checkpoint, ours or the authors', or, without a path, of --classes, with
+    its `path` and the `folder` where results go by default. Raises UserError."""
+    state, network, folder = path and authors_state(path), path, path and path.parent
+    given = [f"--{name}" for name in ("surgery", "sigma", "activation", "heads", "preset")
+             if getattr(args, name) is not None]
+    if path is None or state:
+        network = open_foreign(args, path, state, device)
+        folder = Path("runs", f"authors-{path.stem}" if path else "maskclip")
+    elif given:
+        raise UserError(f"{' and '.join(given)}: what {path} was trained with cannot be changed "
+                        "afterwards")
+    pd = {None: "recipe", 0: None}.get(args.pd, args.pd)
+    segment = Segmenter(network, device, args.clip, pd, args.slide, args.flip,
+                        use_amp(args.amp, device), pamr_size=args.pamr_size or "view")
+    s, segment.path, segment.folder = segment.settings, path, folder
     if args.pamr is not None:
-        steps, dilations = PAMR.get(segment.settings.dataset, NACLIP_PAMR)
+        steps, dilations = PAMR.get(s.dataset, NACLIP_PAMR)
         segment.pamr = args.pamr or steps, tuple(args.dilations or dilations)
+    if args.presence:
+        asked = witness(segment, path, device, args.clip)
+        segment.presence = args.presence, *asked, args.crop_ratio or s.crop_ratio
     if not segment.finished:
         print(printable(f"{path} is not finished: the command that made it goes on"))
     return segment
@@ -678,119 +733,101 @@ def open_segmenter(args, path, device):
 def open_foreign(args, path, state, device):
     """RectifiedCLIP of a file of the authors, `state` being what is in it, or of --classes."""
     dataset = args.dataset or ("shapes" if args.clip == "shapes-tiny" else "folder")
-    if path is not None and dataset not in CLASSES:
+    if path and dataset not in CLASSES:
         raise UserError(f"{path} is a checkpoint of the authors' program; say with --dataset which "
                         f"data set it is of: {', '.join(CLASSES)}")
-    method, preset = ("maskclip", "release") if path is None else authors_method(state)
+    method, preset = authors_method(state) if path else ("maskclip", "release")
     if method == "reclip" and args.preset is None:
         print(printable(f"{path} does not say its preset; taken for one of 2024, --preset paper"))
-    preset, given = args.preset or preset, {
-        name: getattr(args, name) for name in ("clip", "surgery", "sigma")
-        if getattr(args, name) is not None}
-    s = argparse.Namespace(**recipe(dataset, preset, method, **given), dataset=dataset, seed=0,
-                           preset=preset, method=method, data_root=args.data_root, workers=0)
+    given = {name: getattr(args, name) for name in ("clip", "surgery", "sigma")
+             if getattr(args, name) is not None}
+    s = argparse.Namespace(**recipe(dataset, args.preset or preset, method, **given), seed=0,
+                           dataset=dataset, preset=args.preset or preset, method=method, workers=0,
+                           data_root=None, labels=None, labels_offset=0, train_split="train")
     classes = CLASSES[dataset] if path else parse_classes(args.classes)
-    model = load_clip(s.clip, args.activation or "quick_gelu", device, args.heads)
-    if path is None:
-        s.surgery = args.surgery or usual_surgery(model, s.surgery)
-        return plain_maskclip(model, classes, s)
-    return from_authors(state, model, classes, query_features(model, classes), s)
+    model = load_clip(s.clip, args.activation, device, args.heads)
+    if path:
+        return from_authors(state, model, classes, query_features(model, classes), s)
+    s.surgery = args.surgery or usual_surgery(model, s.surgery)
+    return plain_maskclip(model, classes, s)
 
 
 def open_split(args, segment, split):
     """A split of the data set that a Segmenter is evaluated on, by default of its own."""
-    s = segment.settings
-    dataset, folder = args.dataset or s.dataset, {}
-    if dataset == "folder":
-        # by default as they were given to reclip.py
-        labels = getattr(s, "labels", None) if args.labels is None else args.labels
-        offset = args.labels_offset
-        offset = getattr(s, "labels_offset", 0) if offset is None else offset
-        folder = dict(classes=segment.classes, labels=labels, offset=offset)
-    elif args.labels is not None:
-        raise UserError(f"--labels goes with --dataset folder; {dataset} has its own")
-    return open_dataset(dataset, args.data_root or s.data_root, split, seed=s.seed, **folder)
+    s, own = segment.settings, dict(labels=args.labels)
+    dataset = args.dataset or s.dataset
+    if dataset == "folder":  # by default as it was given to reclip.py
+        offset = s.labels_offset if args.labels_offset is None else args.labels_offset
+        own = dict(classes=segment.classes, labels=args.labels or s.labels, offset=offset)
+    return open_dataset(dataset, args.data_root or s.data_root, split, seed=s.seed, **own)
 
 
 def parse_arguments(argv):
     """The command line as a namespace; what is not given is None."""
-    if "--tables" in (sys.argv[1:] if argv is None else argv):
-        raise UserError("the papers' tables have a program of their own: python tests/tables.py")
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--checkpoint", type=user_path, nargs="+", help="one or several files, or folders of "
-         "runs: distill.pt in them, else reclip.pt (default: the newest under runs/)")
+    flag("--checkpoint", type=user_path, nargs="+", help="files, or folders of runs: distill.pt in "
+         "them, else reclip.pt (default: the newest under runs/)")
     flag("--dataset", help="default: the one it was trained on")
     flag("--data-root", type=user_path, help="default: where it was trained")
     flag("--labels", type=user_path, help="for folder: the labels of its images, ID.png")
     flag("--labels-offset", type=int, choices=(0, 1), help="1: label 0 is none of the classes")
     flag("--split", choices=("val", "train", "trainaug"), default="val")
-    flag("--clip", help="where the checkpoint's CLIP is, if not where it was; without a checkpoint "
-         "of ours, a name or a file (default: ViT-B/16)")
-    flag("--pd", type=share, help="prompt denoising of the rectified logits (default: recipe's)")
-    flag("--no-pd", action="store_true", help="no prompt denoising")
+    flag("--clip", help="where the checkpoint's CLIP is now; without a checkpoint of ours, which")
+    flag("--pd", type=share, help="prompt denoising (default: the recipe's; 0: none)")
+    flag("--slide", type=count, nargs=2, metavar=("WINDOW", "STRIDE"), help="in windows, in pixels")
+    flag("--flip", action="store_true", help="mean of the logits of a view and its mirror image")
+    flag("--presence", type=positive, metavar="A", help="add A times the log of how likely CLIP "
+         "finds each class in crops of the image")
+    flag("--crop-ratio", type=share, help="side of these crops (default: the recipe's r)")
     flag("--pamr", type=count, nargs="?", const=0, metavar="STEPS", help="masks refined by the "
          "image, too (default: 10 steps, on the demo 4)")
     flag("--dilations", type=count, nargs="+", help="of PAMR (default: 8 16, on the demo 1 2 4 8)")
-    flag("--slide", type=count, nargs=2, metavar=("WINDOW", "STRIDE"), help="sliding windows "
-         "instead of whole images, in pixels of the resized image")
-    flag("--count-absent", action="store_true", help="a class without a pixel counts as IoU 0, as "
-         "in the authors' program, instead of not counting")
-    flag("--hypotheses", action="store_true", help="precision and recall of the run's image-level "
-         "hypotheses on the true classes of the training images")
+    flag("--pamr-size", choices=("view", "image"), help="where PAMR works (default: view)")
+    flag("--count-absent", action="store_true", help="classes without a pixel count as IoU 0")
+    flag("--hypotheses", action="store_true", help="precision and recall of those in training")
     flag("--bias", action="store_true", help="class-preference and space-preference scores")
-    flag("--figures", action="store_true", help="write comparison.png, heatmaps.png, confusion.png "
-         "and distance.png, of the checkpoints given, or of both in a folder")
+    flag("--figures", action="store_true", help="comparison.png, heatmaps.png, confusion.png and "
+         "distance.png, of the checkpoints given, or of both in a folder")
     flag("--linear-probe", action="store_true", help="NOT unsupervised: train a linear classifier "
          "of the frozen features with the ground truth of the training images")
-    flag("--probe-epochs", type=count, default=60, help="of its training (default: 60)")
-    flag("--out", type=user_path, help="folder for results and figures (default: the "
-         "checkpoint's), or for --images (default: predictions/ in it)")
-    flag("--batch", type=count, default=16, help="images of one size that go through at once")
-    flag("--workers", type=natural)
-    flag("--device")
-    flag("--amp", action=argparse.BooleanOptionalAction)
-    group = parser.add_argument_group("your own images")
-    flag = group.add_argument
-    flag("--images", type=user_path, nargs="+", metavar="PATH", help="files and folders: masks, "
-         "overlays and class areas of these, instead of an evaluation. One that cannot be read is "
-         "named on stderr, the others are done all the same, and the exit code is 2")
+    flag("--out", type=user_path, help="folder of results (default: the checkpoint's, for --images "
+         "predictions/ in it)")
+    flag("--workers", type=natural, help="threads that read images (default: as in training)")
+    flag("--device", help="default: cuda, else mps, else cpu")
+    flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU)")
+    flag = parser.add_argument_group("your own images").add_argument
+    flag("--images", type=user_path, nargs="+", metavar="PATH", help="files and folders to predict "
+         "masks of. One that cannot be read is named on stderr, and the exit code is 2")
     flag("--confidence", action="store_true", help="the probability of every pixel's class as well")
     flag("--unknown-below", type=share, metavar="P", help="255, no class, where it is less than P")
     flag("--method", choices=("maskclip",), help="show the Query's masks, without rectification")
     flag("--classes", help='with --method maskclip, without a checkpoint: "cat, dog, sofa", or a '
          "text file, one class a line, further names of it after commas")
-    group = parser.add_argument_group("what no checkpoint of ours tells")
-    flag = group.add_argument
+    flag = parser.add_argument_group("what no checkpoint of ours tells").add_argument
     flag("--surgery", choices=tuple(SURGERIES), help="with --classes: CLIP's last block")
     flag("--sigma", type=positive, help="of naclip, in patches")
-    flag("--activation", choices=("quick_gelu", "gelu"), help="that --clip was trained with "
-         "(default: quick_gelu)")
+    flag("--activation", choices=("quick_gelu", "gelu"), help="that --clip was trained with")
     flag("--heads", type=count, help="of its image encoder, where its sizes do not tell")
     flag("--preset", choices=("release", "paper"), help="that a file of the authors belongs to "
          "(default: release, for ReCLIP paper)")
     args = parser.parse_args(argv)
-    evaluates = [f"--{name.replace('_', '-')}" for name in (
-        "bias", "figures", "linear_probe", "hypotheses", "count_absent") if getattr(args, name)]
-    for wrong, message in (
-        (args.slide and args.slide[1] > args.slide[0],
-         f"--slide {args.slide}: a stride larger than the window leaves gaps"),
-        (args.no_pd and args.pd is not None, "--pd and --no-pd contradict each other"),
-        (args.dilations and args.pamr is None, "--dilations goes with --pamr"),
-        (args.images and evaluates,
-         f"--images predicts, {''.join(evaluates[:1])} evaluates: one of the two at a time"),
-        (len(args.checkpoint or []) > 1 and (args.images or args.hypotheses),
-         "--images and --hypotheses take one --checkpoint"),
-        (args.method and not args.images,
-         "--method goes with --images; an evaluation shows every stage"),
-        ((args.confidence or args.unknown_below is not None) and not args.images,
-         "--confidence and --unknown-below go with --images"),
-        (args.classes is not None and (args.method is None or args.checkpoint is not None),
-         "--classes goes with --images and --method maskclip, without a checkpoint, which has its "
-         "own class names"),
-    ):
-        if wrong:
-            raise UserError(message)
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    for one, other in dict(dilations="pamr", pamr_size="pamr", crop_ratio="presence", sigma="surgery",
+                           confidence="images", unknown_below="images", method="images",
+                           classes="method").items():
+        if one in given and other not in given:
+            raise UserError(f"--{one} goes with --{other}".replace("_", "-"))
+    for one, other in (("classes", "checkpoint"), *(("images", name) for name in (
+            "bias", "figures", "linear_probe", "hypotheses", "count_absent"))):
+        if one in given and other in given:
+            raise UserError(f"--{one} and --{other} do not go together".replace("_", "-"))
+    if len(args.checkpoint or []) > 1 and (args.images or args.hypotheses):
+        raise UserError("--images and --hypotheses take one --checkpoint")
+    if args.slide and args.slide[1] > args.slide[0]:
+        raise UserError(f"--slide {args.slide}: a stride larger than the window leaves gaps")
+    if args.crop_ratio is not None and args.crop_ratio < 0.02:
+        raise UserError(f"--crop-ratio {args.crop_ratio}: expected 0.02 to 1")
     return args
 
 
@@ -800,64 +837,68 @@ def assess(segment, data, args, device, bins):
     With `bins` the matrices are those by distance. "standard" is what was evaluated, its training
     finished, on the validation images of its own data set in the way of its recipe.
     """
-    s, workers = segment.settings, args.workers
-    confusions = evaluate(segment, data, s.scale, device, args.batch, workers, bins)
-    probed, results = {}, {}
+    s, probed, results = segment.settings, {}, {}
+    confusions = evaluate(segment, data, s.scale, device, args.workers, bins)
     if args.linear_probe:
-        truth = open_split(args, segment, getattr(s, "train_split", "train"))
+        truth = open_split(args, segment, s.train_split)
         if not truth.has_labels:
             raise UserError(f"--linear-probe: {data.name} has no training labels")
-        print("The linear probe is trained with ground truth: supervised, by definition.")
-        probe = linear_probe(segment, truth, device, args.probe_epochs, args.batch, workers)
-        probed = evaluate(probe, data, s.scale, device, args.batch, workers)
-    standard = segment.finished and (
-        data.name, data.split, segment.slide, args.count_absent) == (s.dataset, "val", None, False)
+        same = set(truth.ids) == set(data.ids)
+        print("The linear probe is trained with ground truth: supervised, by definition"
+              + (", and here on the very images that it is scored on." if same else "."))
+        probe = linear_probe(segment, truth, device, workers=args.workers)
+        probed = evaluate(probe, data, s.scale, device, args.workers)
+    ways = dict(slide=args.slide, flip=args.flip, presence=args.presence)
+    ways |= dict(crop_ratio=segment.presence[-1]) if args.presence else {}
     for stage, confusion in (confusions | probed).items():
-        result = scores(confusion.sum(0) if confusion.dim() == 3 else confusion, args.count_absent)
+        result = scores(confusion.view(-1, *confusion.shape[-2:]).sum(0), args.count_absent)
         result["iou"] = dict(zip(map(called, data.classes), result["iou"]))
-        pd = segment.pd if stage in ("rectified", "rectified_pamr") else None
         result |= dict(dataset=data.name, split=data.split, images=len(data),
-                       slide=None if stage in probed else args.slide, pd=pd,
-                       count_absent=args.count_absent,
-                       standard=standard and (pd == s.pd or not stage.startswith("rectified")
-                                              or stage.endswith("no_pd")))
+                       pd=segment.pd if stage in ("rectified", "rectified_pamr") else None,
+                       count_absent=args.count_absent)
+        result |= ways if stage in confusions else dict(
+            trained_with_ground_truth=True, scored_on_its_training_images=same)
+        usual = not any(result.get(way) for way in ("count_absent", "slide", "flip", "presence"))
+        usual &= result["pd"] == s.pd if stage in ("rectified", "rectified_pamr") else True
         if stage.endswith("_pamr"):
-            result["pamr"] = segment.pamr
-            result["standard"] &= segment.pamr == PAMR.get(s.dataset, NACLIP_PAMR)
+            result |= dict(pamr=segment.pamr, pamr_size=segment.pamr_size)
+            usual &= segment.pamr == PAMR.get(s.dataset, NACLIP_PAMR) and not args.pamr_size
+        result["standard"] = bool(usual and segment.finished and
+                                  (data.name, data.split) == (s.dataset, "val"))
         if getattr(s, "use_ground_truth_void", False):  # not trained unsupervised
             result["trained_with_ground_truth_void"] = True
-        if stage in probed:
-            result["trained_with_ground_truth"] = True
-        elif bins:
-            objects = "instance masks" if data.instances else "connected regions of a class"
-            result |= bias_scores(confusion, objects)
+        if bins and stage in confusions:
+            curve = distance_curve(confusion[:-1])
+            result |= dict(
+                class_preference=class_preference(confusion.sum(0)),
+                space_preference=space_preference(curve),
+                objects="instance masks" if data.instances else "connected regions of a class",
+                distance_curve=[
+                    dict(distance=[i / bins, (i + 1) / bins], miou=miou, pixels=int(m.sum()))
+                    for i, (miou, m) in enumerate(zip(curve, confusion))])
         results[stage] = result
     return confusions, results
 
 
-def draw_figures(shown, data, confusions, device, out):
-    """Write comparison.png, heatmaps.png, confusion.png and distance.png into a folder.
-
-    shown: pairs of a Segmenter and {stage: name}; confusions: {name: matrices by distance}.
-    """
-    title = lambda name: "MaskCLIP" if name == "maskclip" else name
-    figures = dict(comparison=comparison([
-        (segment, {stage: title(name) for stage, name in names.items()})
-        for segment, names in shown], data, device))
+def draw_figures(shown, data, results, confusions, device, out):
+    """Write comparison.png, heatmaps.png, confusion.png and distance.png into a folder. shown: pairs
+    of a Segmenter and {stage: name}; results, confusions: by name."""
+    figures, totals, lines = dict(comparison=comparison(shown, data, device)), {}, {}
     for segment, _ in shown:
         if "maskclip" in segment.names and segment.settings.bias != "none":
             name = "heatmaps" + f"-{segment.folder.name}" * ("heatmaps" in figures)
             figures[name] = heatmaps(segment, data, device)
     if "heatmaps" not in figures:
         print("no heatmaps.png: it needs MaskCLIP's masks and a bias logit map")
-    totals, curves = {}, {}
     for name, confusion in confusions.items():
-        total, curve = confusion.sum(0), distance_curve(confusion[:-1])
-        slope = space_preference(curve)
-        totals[f"{title(name)} ({class_preference(total):.2f})"] = total
-        curves[title(name) + ("" if slope is None else f" (mean slope {slope:.2f})")] = curve
-    figures["confusion"] = confusion_figure(totals, [*map(called, data.classes)])
-    figures["distance"] = distance_figure(curves)
+        slope = results[name]["space_preference"]
+        totals[f"{name} ({results[name]['class_preference']:.2f})"] = confusion.sum(0)
+        lines[name + ("" if slope is None else f" (mean slope {slope:.2f})")] = [
+            (sum(part["distance"]) / 2, part["miou"], 0)
+            for part in results[name]["distance_curve"] if part["miou"] is not None]
+    figures["confusion"] = confusion_figure(totals, data.classes, data.palette)
+    figures["distance"] = chart(lines, [i / BINS for i in range(BINS + 1)], "distance of an object "
+                                "from the centre of the image (1: a corner)")  # Fig. 1 a
     for name, figure in figures.items():
         save_picture(figure, out / f"{name}.png")
         print(printable(f"→ {out / name}.png"))
@@ -869,24 +910,27 @@ def main(argv=None):
     device = pick_device(args.device)
     if world() > 1 and (args.images or args.linear_probe):
         raise UserError("--images and --linear-probe run in one process, without torchrun")
+    newest = sorted(Path("runs").glob("*/*.pt"), key=lambda path: path.stat().st_mtime)
     paths = [None] if args.classes is not None else [
-        checkpoint_in(path, "distill.pt", "reclip.pt")
-        for path in args.checkpoint or [newest_checkpoint()]]
-    if args.figures and len(paths) == 1 and paths[0].name in ("reclip.pt", "distill.pt"):
+        checkpoint_in(path, "distill.pt", "reclip.pt") for path in args.checkpoint or newest[-1:]]
+    if not paths:
+        raise UserError("no checkpoint under runs/; run python reclip.py first, or name one with "
+                        "--checkpoint")
+    if args.figures and len(paths) == 1:
         both = [paths[0].with_name(name) for name in ("reclip.pt", "distill.pt")]
-        paths = [path for path in both if path in paths or path.exists()]
+        paths = [path for path in both if path.exists()] if paths[0] in both else paths
     segmenters = [open_segmenter(args, path, device) for path in paths]
     first = segmenters[0]
     s, out = first.settings, args.out or first.folder
     args.workers = s.workers if args.workers is None else args.workers
     if args.images:
-        stage = (args.method or first.names[-1]) + "_pamr" * (args.pamr is not None)
-        if args.method and args.method not in first.names:
-            raise UserError(f"--method {args.method}: this checkpoint has only "
-                            f"{', '.join(first.names)}")
+        stage = args.method or first.names[-1]
+        if stage not in first.names:
+            raise UserError(f"--method {stage}: this checkpoint has only {', '.join(first.names)}")
         print(printable(f"masks of {first.path or 'CLIP alone'}"))
-        return predict(first, stage, find_images(args.images), args.out or out / "predictions",
-                       device, args.workers, args.confidence, args.unknown_below or 0.0)
+        return predict(first, stage + "_pamr" * bool(first.pamr), find_images(args.images),
+                       args.out or out / "predictions", device, args.workers, args.confidence,
+                       args.unknown_below or 0.0)
 
     data = open_split(args, first, args.split)
     for segment in segmenters:
@@ -897,42 +941,41 @@ def main(argv=None):
         print(printable(f"{data.name} has no labels to compare with; masks of images: python "
                         f"evaluate.py --checkpoint {first.path} --images …"))
         return
+    if args.hypotheses and (first.student or s.hypothesis == "none" or not hasattr(s, "cache")):
+        raise UserError(f"--hypotheses: {first.path} was not trained with hypotheses of its own")
     make_folder(out)
-    several = len({segment.folder for segment in segmenters}) > 1
+    several = len({segment.names[-1] for segment in segmenters}) < len(segmenters)
+    titles = [segment.folder.name for segment in segmenters]
+    titles = titles if len(set(titles)) == len(titles) else list(map(str, paths))
     bins, shown, confusions, results = BINS if args.bias or args.figures else 0, [], {}, {}
-    for segment in segmenters:
+    for segment, title in zip(segmenters, titles):
         found, own = assess(segment, data, args, device, bins)
         names = {}  # of its stages, unlike those of other checkpoints; MaskCLIP's is often the same
         for stage in own:
-            same = confusions.get(stage, torch.empty(0)).equal(found.get(stage, torch.ones(1)))
-            ways = (stage, f"{segment.folder.name} {stage}", f"{segment.path} {stage}")
-            ways = ways[several and stage != "maskclip":]
-            names[stage] = stage if same else next(way for way in ways if way not in results)
-        named = {names[stage]: result for stage, result in own.items()}
-        if rank() == 0:
-            save_results((args.out or segment.folder) / "results.json", named if args.out else own)
-        drawn = {stage: name for stage, name in names.items()
-                 if stage in segment.names and name not in confusions}
+            same = stage == "maskclip" and found[stage].equal(confusions.get(stage, found[stage]))
+            names[stage] = f"{title} {stage}" if several and not same else stage
+        drawn = {stage: names[stage] for stage in segment.names if names[stage] not in confusions}
         shown.append((segment, drawn))
         confusions |= {name: found[stage] for stage, name in drawn.items()}
+        named = {names[stage]: result for stage, result in own.items()}
         results |= named
+        best = max(segment.names, key=lambda stage: own[stage]["miou"])
+        for line in doubts(found[best].view(-1, *[len(data.classes)] * 2).sum(0), data.classes):
+            say_once(printable(line))
+        if rank() == 0:
+            save_results((args.out or segment.folder) / "results.json", named if args.out else own)
     print(table(results, [*map(called, first.classes)]))
     if bins:
-        objects = next(result["objects"] for result in results.values() if "objects" in result)
-        print(f"(objects: {objects}; distance of their centroids from the centre, relative to half "
-              "the diagonal)")
+        print(f"(objects: {next(iter(results.values()))['objects']}; distance of their centroids "
+              "from the centre, relative to half the diagonal)")
     if args.hypotheses:
-        if first.student or s.hypothesis == "none" or first.folder != first.path.parent:
-            raise UserError(f"--hypotheses: {first.path} was not trained with hypotheses of its "
-                            "own")
-        images, clip = open_split(args, first, getattr(s, "train_split", "train")), first.network
-        hypothesis = make_hypotheses(images, clip.model, clip.rectifier.Wq, s,
-                                     hypotheses_folder(first.path, s), device)
-        precision, recall = hypothesis_quality(hypothesis, images)
-        print(f"hypotheses of {len(images)} training images: precision {precision:.1f} %, recall "
-              f"{recall:.1f} %")
+        images, clip = open_split(args, first, s.train_split), first.network
+        hypothesis = make_hypotheses(images, clip.model, clip.rectifier.Wq, s, Path(s.cache),
+                                     device)
+        print("hypotheses of {} training images: precision {:.1f} %, recall {:.1f} %".format(
+            len(images), *hypothesis_quality(hypothesis, images)))
     if args.figures and rank() == 0:
-        draw_figures(shown, data, confusions, device, out)
+        draw_figures(shown, data, results, confusions, device, out)
     print(printable(f"{', '.join(map(str, paths))}: {len(data)} images of {data.name} {args.split} "
                     f"→ {out / 'results.json'}"))
     return results
@@ -940,4 +983,3 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    leave_processes()

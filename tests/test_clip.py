@@ -20,7 +20,7 @@ from clip import clip as loading
 from clip.model import CLIP, LayerNorm, QuickGELU, build_model
 from clip.shapes import SHAPES, TARGET, draw_seed, draw_shapes
 from clip.weights import DTYPES, MODELS, read_state_dict, read_weights
-from conftest import normal, random_clip, refuses, same
+from conftest import normal, raising, random_clip, refuses, same
 
 RESNET = dict(vision_layers=[2, 1, 1, 3], vision_width=8, image_resolution=64)
 BOTH = pytest.mark.parametrize("changes", [{}, RESNET], ids=["ViT", "ResNet"])
@@ -153,7 +153,7 @@ def test_build_model_gives_the_same_model(changes):
     built = build_model(state)
     assert same(dict(built.state_dict()), dict(model.state_dict())) and not built.training
     image = normal(2, 3, *[changes.get("image_resolution", 16)] * 2)
-    assert torch.equal(built.encode_image(image), model.encode_image(image))
+    assert_close(built.encode_image(image), model.encode_image(image))
     built.logit_scale.data.fill_(0)
     assert model.logit_scale != 0 and built.logit_scale.requires_grad    # a copy, to be trained
 
@@ -346,7 +346,7 @@ def test_download(model, tmp_path, monkeypatch):
     source.unlink()                              # from now on only the downloaded file can serve
     load()
     assert {path.name for path in cache.iterdir()} == {"ViT-B-16.pt", "config.json"}
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr("pathlib.Path.expanduser", raising(RuntimeError("no home")))
     refuses("HOME", clip.load, "ViT-B/16", error=OSError)
     assert clip.load("shapes-tiny", device="cpu")[0].activation == "quick_gelu"
 

@@ -20,6 +20,7 @@ import os
 import re
 import struct
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
@@ -81,9 +82,7 @@ def printable(text):
 
 class Progress:
     """One line that tells how far something is and how long it will take.
-
-    Rewritten in place on a terminal, every few seconds a new line elsewhere.
-    """
+    Rewritten in place on a terminal, every few seconds a new line elsewhere."""
 
     def __init__(self, title, total, done=0):
         self.title, self.total, self.done, self.first = title, total, done, done
@@ -118,9 +117,7 @@ def say_once(line):
 
 def clean_exit(main):
     """Decorator of every main(): what a user can mend is one line on stderr, and exit code 2.
-
-    That is a UserError, what the system refuses, and too little memory.
-    """
+    That is a UserError, what the system refuses, and too little memory."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -136,11 +133,13 @@ def clean_exit(main):
             line, code = "nobody reads the output any more", 2
         except KeyboardInterrupt:
             line, code = "stopped; repeat the command, and whatever it had saved is used", 130
-        except (UserError, OSError, MemoryError, RuntimeError) as error:
+        except UserError as error:
+            line, code = " ".join(str(error).split()), 2
+        except (OSError, MemoryError, RuntimeError) as error:
             line, code = " ".join(str(error).split()), 2
             if isinstance(error, MemoryError) or "out of memory" in line or "allocate" in line:
                 line = f"out of memory ({line[:80]}…); try a smaller --batch, --crop or --scale"
-            elif not isinstance(error, UserError) and not getattr(error, "strerror", None):
+            elif not getattr(error, "strerror", None):
                 raise  # a mistake of ours keeps its traceback
         print(f"error: {printable(line)}", file=sys.stderr)
         raise SystemExit(code)
@@ -203,9 +202,7 @@ def make_folder(path):
     """Make a folder to write to. Raises UserError."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    with replacing(path / ".writable") as temporary:
-        temporary.touch()
-    (path / ".writable").unlink()
+        tempfile.TemporaryFile(dir=path).close()
 
 
 def fingerprint(*parts):
@@ -300,11 +297,9 @@ DATASETS = ("shapes", *CLASSES, "folder")
 
 def parse_classes(text):
     """The classes of a data set of one's own, each a string: one name, or several, see `names_of`.
-
     text: "cat, dog, sofa", or the path of a file with a class a line, in which what follows a comma
     are further names of the same class; a file of a single line is a list like the first. Raises
-    UserError for what cannot be read, is no name, is repeated, or is more than labels can hold.
-    """
+    UserError for what cannot be read, is no name, is repeated, or is more than labels can hold."""
     file, where, lines = user_path(text), f"--classes \"{text}\"", [text]
     if file.is_file():
         where = f"the file {text}"
@@ -331,13 +326,12 @@ def parse_classes(text):
 
 def _class_lines(text, where):
     """The lines of a class file, one a class. '#' starts a comment; of tools' files what is meant:
-
     a JSON list; YOLO's data.yaml; a table with a column Name or Class, as ADE20K's and Roboflow's;
-    numbered lines; lines after CamVid's colours; labelme's list.
-    """
+    numbered lines; lines after CamVid's colours; labelme's list."""
     listed = re.search(r'(?:\A|^\s*"?names"?\s*:)\s*\[(.*?)\]', text, re.S | re.M)
     if listed:
-        return re.findall(r"[^\s,'\"][^,'\"\n]*", listed[1])
+        names = re.findall(r"\"([^\"]*)\"|'([^']*)'|([^\s,'\"][^,\n]*)", listed[1])
+        return ["".join(name).strip() for name in names]
     lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     if "names:" in lines:
@@ -375,25 +369,17 @@ def called(cls):
     return names_of(cls)[0]
 
 
-PALETTES = {  # the demo's, and Cityscapes' official one, in the order of the train ids
-    "shapes": [
-        (214, 39, 40), (31, 119, 180), (60, 60, 60), (44, 160, 44), (255, 221, 60), (255, 127, 14),
-        (240, 110, 200), (140, 86, 75), (148, 103, 189), (23, 190, 207)],
-    "cityscapes": [
-        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
-        (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
-        (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
-        (0, 80, 100), (0, 0, 230), (119, 11, 32)]}
+SHAPES_PALETTE = torch.tensor([
+    (214, 39, 40), (31, 119, 180), (60, 60, 60), (44, 160, 44), (255, 221, 60), (255, 127, 14),
+    (240, 110, 200), (140, 86, 75), (148, 103, 189), (23, 190, 207)], dtype=torch.uint8)
 
 
 def dataset_palette(name, num_classes):
-    """The colours of a data set's classes, uint8 C×3: its own where it has some, else VOC's.
-
+    """The colours of a data set's classes, uint8 C×3: the demo's own, else PASCAL VOC's.
     There class k has colour k+1 (0, black, is background), which deals the bits of the index to R,
-    G, B in turn, from the highest bit of each down.
-    """
-    if len(PALETTES.get(name, ())) == num_classes:
-        return torch.tensor(PALETTES[name], dtype=torch.uint8)
+    G, B in turn, from the highest bit of each down."""
+    if name == "shapes":
+        return SHAPES_PALETTE[:num_classes]
     index = torch.arange(1, num_classes + 1)
     return torch.stack([sum((index >> 3 * i + channel & 1) << 7 - i for i in range(8))
                         for channel in range(3)], 1).to(torch.uint8)
@@ -404,8 +390,6 @@ def dataset_palette(name, num_classes):
 
 VOID = 255  # in every label map: no class here; never counted
 PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
-NO_PICTURES = (".txt", ".json", ".jsonl", ".csv", ".xml", ".md", ".html", ".ini", ".db", ".pt",
-               ".npy", ".tmp")
 BINS = ("@eadir", "#recycle", "$recycle.bin", "system volume information", "__macosx", "thumbs")
 MARK = "Software", "ReCLIP"  # a text in every PNG that `save_picture` writes
 
@@ -429,10 +413,8 @@ def _opened(path, what="image"):
 
 def read_image(path, turn=True):
     """Read any photograph as uint8 3×H×W, RGB; turned as its EXIF orientation says, or as stored.
-
     Grey, palette and CMYK images become RGB; transparent ones are laid on white; of 16-bit values
-    the high byte is kept. Raises UserError, naming the file, if it cannot be read.
-    """
+    the high byte is kept. Raises UserError, naming the file, if it cannot be read."""
     with _opened(path) as image:
         image.load()
         image = ImageOps.exif_transpose(image) if turn else image
@@ -461,10 +443,8 @@ def image_size(path, turn=True):
 
 def read_label(path, like=None):
     """Read a label map as int64 H×W of the values stored in it, palette indices staying indices.
-
     like: the photograph whose EXIF orientation turns it. Raises UserError, naming the file, for an
-    unreadable file or one with colours for values.
-    """
+    unreadable file or one with colours for values."""
     with _opened(path, "label") as image:
         if image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
             raise ValueError(f"a {image.mode} picture; expected one channel of class ids")
@@ -491,7 +471,6 @@ def _made_here(path):
 
 def list_folder(folder, suffix):
     """Sorted ids of the files folder/**/ID + suffix; links are followed, hidden files left out.
-
     suffix: one ending, cut off from the ids, or a tuple of endings in lower case, kept in them, as
     PHOTOS. One line tells what else is left out: BINS, links to nowhere, folders that cannot be
     entered, and of photographs other kinds of files and the pictures that these scripts have made.
@@ -509,7 +488,7 @@ def list_folder(folder, suffix):
         for name in (name for name in files if name[0] != "."):
             file, kind = Path(parent, name), os.path.splitext(name)[1].lower()
             if not (kind in suffix if photos else name.endswith(suffix)):
-                left[kind or "without an ending"] += photos and kind not in NO_PICTURES
+                left[kind or "without an ending"] += photos
             elif file.is_symlink() and not file.exists():
                 left[f"link to nowhere {name}"] += 1
             elif photos and kind == ".png" and _made_here(file):
@@ -531,9 +510,7 @@ def list_folder(folder, suffix):
 
 def id_table(raws, void=()):
     """Class indices of the 256 values that labels can store, -1 for one that must not occur.
-
-    raws: C values or lists of values, those of class k; void: values that count for nothing.
-    """
+    raws: C values or lists of values, those of class k; void: values that count for nothing."""
     table = torch.full((256,), -1)
     table[[*void, VOID]] = VOID
     for k, raw in enumerate(raws):
@@ -589,11 +566,9 @@ LABEL_NAMES = [tail + ending for tail in (
 
 class SegmentationData:
     """Images, and labels where there are any, of one split of a data set.
-
     name, split: as in `open_dataset`; classes: C names; palette: uint8 C×3; ids: one per image,
     unique, in a fixed order; everything stored about an image is keyed by its id. Photographs of
     one's own are turned as EXIF says; those of benchmarks are as stored, as their labels are.
-
     image_file: (folder, suffix), image i is folder/ID + suffix; without a suffix ids have endings.
     label_files: [(folder, suffix, table)], the label is the first of these files that exists.
     instances: the folder of masks ID.png that tell the objects of an image apart, if there is one.
@@ -647,9 +622,7 @@ class SegmentationData:
     @functools.cached_property
     def has_labels(self):
         """Whether this split can be evaluated. Looks at names, opens nothing.
-
-        Raises UserError if only some images have labels, or if what is there fits none.
-        """
+        Raises UserError if only some images have labels, or if what is there fits none."""
         found = [self.label_path(i) for i in range(len(self))]
         others = {os.path.join(folder, name) for folder, names in self._beside.items()
                   for name in names.values()}.difference(path for path, _ in filter(None, found))
@@ -663,10 +636,8 @@ class SegmentationData:
 
     def label(self, index):
         """int64 H×W, values 0…C-1 and VOID. Opens the label file.
-
         Raises UserError for a missing or unreadable file, an id that the data set does not have,
-        and a size other than the image's.
-        """
+        and a size other than the image's."""
         path, table = self.label_path(index) or (None, None)
         if path is None:
             raise UserError(f"no label for image {self.ids[index]} of {self.name} {self.split}")
@@ -681,10 +652,8 @@ class SegmentationData:
 
     def objects(self, index):
         """int64 H×W: an id from 1 on for every object of an image, 0 where there is none.
-
         From the instance mask where the data set has some, in which 255 is an object's rim, else
-        the connected regions of each class in the label. Raises UserError as `label` does.
-        """
+        the connected regions of each class in the label. Raises UserError as `label` does."""
         if self.instances is None:
             return connected_regions(self.label(index))
         raw = self._map(os.path.join(self.instances, self.ids[index] + ".png"), index)
@@ -708,11 +677,9 @@ def folded(name):
 
 def connected_regions(label):
     """The connected regions of equal label as objects: int64 H×W → int64 H×W.
-
     Ids start at 1, from the top left; 0 where the label is VOID. A pixel touches its eight
     neighbours. Exact: pixels make runs along the rows, runs that touch from row to row are joined,
-    all at once, each to the smallest run it knows to belong to it, until nothing changes.
-    """
+    all at once, each to the smallest run it knows to belong to it, until nothing changes."""
     H, W = label.shape
     flat = F.pad(label, (0, 1), value=-1).flatten()  # the rim keeps rows apart
     run = F.pad((flat[1:] != flat[:-1]).long(), (1, 0)).cumsum(0)
@@ -739,14 +706,12 @@ def check_dataset(name):
 
 def open_dataset(name, root=None, split="train", classes=None, seed=0, labels=None, offset=0):
     """One split of a data set as SegmentationData. Opens no image and no label.
-
     name: one of DATASETS. root: the folder that holds the tree (README, Data sets), or the tree's
     own top. split: "train" or "val", of voc also "trainaug". seed: for `shapes`. For `folder` only,
     of which both splits are all images: classes, as `parse_classes` gives them; labels: the folder
     of the labels, called as LABEL_NAMES, if there are some; offset: 0, or 1 where class k is stored
     as k+1 and 0 counts for nothing. Raises UserError for a tree that is missing or not as expected,
-    or that has no images, and for labels that do not fit the images.
-    """
+    or that has no images, and for labels that do not fit the images."""
     check_dataset(name)
     splits = TREES[name].splits if name in TREES else ("train", "val")
     if split not in splits:
@@ -879,11 +844,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def resize_to_scale(image, scale, ratio=1.0):
     """Resize to the largest size within a scale, keeping the shape of the image.
-
     image: uint8 3×H×W. scale: (a, b) pixels, both times ratio: the longer side of the image comes
     to at most max(a, b), the shorter to at most min(a, b). Bilinear, antialiased (the authors'
-    OpenCV filter is not). Returns uint8 3×h×w.
-    """
+    OpenCV filter is not). Returns uint8 3×h×w."""
     height, width = image.shape[-2:]
     long, short = int(max(scale) * ratio), int(min(scale) * ratio)
     factor = min(long / max(height, width), short / min(height, width))
@@ -893,11 +856,9 @@ def resize_to_scale(image, scale, ratio=1.0):
 
 def training_view(image, scale, crop, ratio=(0.5, 2.0), generator=None):
     """A random square of an image: resized, cropped, flipped, padded.
-
     image: uint8 3×H×W. scale: as in `resize_to_scale`, times a random number within `ratio`.
     generator: a torch.Generator to draw from. Returns (uint8 3×crop×crop, (h, w)): the view proper
-    lies in the top left h×w pixels, the rest is padding; `normalise` makes it zero.
-    """
+    lies in the top left h×w pixels, the rest is padding; `normalise` makes it zero."""
     factor = torch.empty(()).uniform_(*ratio, generator=generator).item()
     image = resize_to_scale(image, scale, factor)
     height, width = image.shape[-2:]
@@ -912,12 +873,10 @@ def training_view(image, scale, crop, ratio=(0.5, 2.0), generator=None):
 
 def draw_colours(generator=None):
     """A random change of brightness, contrast, saturation and hue, each with probability ½.
-
     Returns the numbers for `photometric_distortion`, in the order in which it applies them:
     brightness adds up to ±32 levels; "contrast" multiplies all values by 0.5–1.5, and comes either
     before or after the other colour steps; saturation 0.5–1.5 blends with grey (the authors scale
-    the S of HSV); hue turns by up to 18 of 180. generator: a torch.Generator to draw from.
-    """
+    the S of HSV); hue turns by up to 18 of 180. generator: a torch.Generator to draw from."""
 
     def coin():
         return torch.rand((), generator=generator).item() < 0.5
@@ -934,10 +893,8 @@ def draw_colours(generator=None):
 
 def photometric_distortion(images, colours):
     """Change the colours of a batch of images, each as `draw_colours` says, on their device.
-
     images: uint8 B×3×H×W; colours: float32 B×5, on the CPU, where nothing waits for a GPU. Returns
-    uint8 B×3×H×W. Padding is changed too; `normalise` makes it zero.
-    """
+    uint8 B×3×H×W. Padding is changed too; `normalise` makes it zero."""
     from torchvision.transforms.v2 import functional as TF  # takes seconds to import
 
     def levels(values):
@@ -954,10 +911,8 @@ def photometric_distortion(images, colours):
 
 def normalise(images, mean, std, sizes=None):
     """uint8 B×3×H×W, values 0–255 -> float32 B×3×H×W, (value / 255 - mean) / std.
-
     sizes: B×2 (h, w), or None; everything outside the top left h×w becomes 0. Works on the device
-    of `images`, where `sizes` should be as well; nothing waits for the device.
-    """
+    of `images`, where `sizes` should be as well; nothing waits for the device."""
     out = images.to(torch.float32, copy=True)
     for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: no copies to the device
         out[:, channel].div_(255).sub_(m).div_(s)
@@ -975,10 +930,8 @@ def padding(sizes, H, W):
 
 class TrainingViews:
     """Training views of a SegmentationData, never its labels.
-
     A view depends on (seed, epoch, id of the image) alone: not on readers, processes or
-    interruptions. distort: whether colours are drawn, too.
-    """
+    interruptions. distort: whether colours are drawn, too."""
 
     def __init__(self, data, scale, crop, ratio=(0.5, 2.0), distort=True, seed=0):
         self.data, self.seed = data, int(seed)
@@ -1011,10 +964,8 @@ class TrainingViews:
 
 def read_ahead(read, keys, workers):
     """Yield read(key) for each key, in order, read by `workers` threads in advance; 0: by none.
-
     Decoding and resizing leave Python's lock to others. Raises what reading raises, where its item
-    would be; nobody reads on when the generator is left.
-    """
+    would be; nobody reads on when the generator is left."""
     if not workers:
         yield from map(read, keys)
         return
@@ -1059,16 +1010,13 @@ class Records:
 @torch.no_grad()
 def ask_once(folder, name, facts, fields, blocks, read, ask, workers):
     """What a frozen network says of all items, asked once, block by block, and kept in a file.
-
     The file is folder/NAME-FINGERPRINT.npy. facts: plain values on which the records depend; other
     facts, another file. fields: {name: (numpy type, shape)} of a record. blocks: lists of keys,
     whose records follow each other; read(block), in `workers` threads, gives what `ask` is given →
     {name: tensor B×shape}.
-
     A record ends with a flag: done. Blocks with a record that lacks it, because the run was
     interrupted, are asked (again); several processes share them. A complete file is only read.
-    Returns Records. Raises UserError for a full disk.
-    """
+    Returns Records. Raises UserError for a full disk."""
     kind = np.dtype([(key, *field) for key, field in fields.items()] + [("done", np.uint8)])
     starts = [0, *itertools.accumulate(map(len, blocks))]
     # the head of an .npy file, version 1
@@ -1106,10 +1054,8 @@ def ask_once(folder, name, facts, fields, blocks, read, ask, workers):
 
 class CachedViews:
     """What a frozen network says of K views of each of n images; epoch e has view e mod K.
-
     They are the views that fresh augmentation gives in the first K epochs. records: K·n, as
-    `ask_once` returns them.
-    """
+    `ask_once` returns them."""
 
     def __init__(self, records, n):
         self.records, self.n = records, n
@@ -1142,9 +1088,7 @@ def cached_views(views, K, folder, name, facts, fields, ask, workers):
 
 def overlay(image, label, colours):
     """The classes of a label, int64 H×W, in their colours on a pale image; uint8 3×H×W.
-
-    image: uint8 3×H×W; colours: uint8 C×3. Where the label is VOID the image stays as it is.
-    """
+    image: uint8 3×H×W; colours: uint8 C×3. Where the label is VOID the image stays as it is."""
     label, image, tint = label.cpu(), image.float(), torch.zeros(256, 3)
     tint[:len(colours)] = 0.8 * colours
     pale = 0.2 * (110 + 0.5 * image.mean(0)) + tint[label].movedim(-1, 0)
@@ -1153,10 +1097,8 @@ def overlay(image, label, colours):
 
 def legend(entries, width):
     """Patches of colour, each with its name, in as many columns as fit; a PIL image.
-
     entries: pairs of a text and a uint8 colour (3 values); width: in pixels. Pillow's own font has
-    ASCII; other letters are shown as their codes, so that no two names look the same.
-    """
+    ASCII; other letters are shown as their codes, so that no two names look the same."""
     font, line, gap = ImageFont.load_default(17), 26, 6
     names = [unicodedata.normalize("NFC", text).encode("ascii", "backslashreplace").decode()
              for text, _ in entries]
@@ -1173,10 +1115,8 @@ def legend(entries, width):
 
 def picture_sheet(rows, headings, present, classes, colours, cell=240):
     """Rows of pictures under headings, above a legend of the classes in `present`, as a PIL image.
-
     rows: lists of uint8 3×H×W tensors, each scaled to fit a square of `cell` pixels; headings: one
-    per column or none; present: class indices; classes: C texts; colours: uint8 C×3.
-    """
+    per column or none; present: class indices; classes: C texts; colours: uint8 C×3."""
     gap, top, step = 6, 26 if headings else 0, cell + 6
     width, bottom = len(rows[0]) * step + gap, top + len(rows) * step + gap
     names = legend([(called(classes[k]), colours[k]) for k in sorted(present)], width)

@@ -1,26 +1,33 @@
-"""data.py: class names, reading files, every data set's tree and labels, views, conversion."""
+"""data.py: class names, files, every data set's tree and labels, views, answers kept on disk."""
 
-import contextlib
+import builtins
 import hashlib
+import itertools
+import os
+import resource
 import shutil
-import tarfile
+import subprocess
+import sys
+import threading
+import unicodedata
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, PngImagePlugin
 
 import data
-from conftest import mat_file, normal, raising, refuses, run, same, save
-from data import VOID
+from conftest import REAL, REPOSITORY, picture, python, raising, refuses, run, same, save
+from data import VOID, UserError
 
 H, W = 6, 8
-
-
-def photo(path, height=H, width=W, seed=0):
-    save(path, np.random.default_rng(seed).integers(0, 256, (height, width, 3)))
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (H, W, 3), dtype=np.uint8)
+GREY16 = RNG.integers(0, 1 << 16, (H, W)).astype(np.uint16)
+LABEL = np.arange(H * W, dtype=np.uint8).reshape(H, W) % 3
 
 
 def rows(*values):
@@ -34,486 +41,654 @@ def first_column(label):
     return label[:, 0].tolist()
 
 
-def voc_tree(root, ids=("a", "b"), year="VOC2012", kind="", label=rows(0, 1, 20, 255)):
-    tree = root / "VOCdevkit" / year
-    lists = tree / f"ImageSets/Segmentation{kind}"
-    lists.mkdir(parents=True)
-    for split in ("train", "val"):
-        (lists / f"{split}.txt").write_text("\n".join(ids) + "\n\n")
-    for n, i in enumerate(ids):
-        photo(tree / "JPEGImages" / f"{i}.jpg", seed=n)
-        save(tree / f"SegmentationClass{kind}" / f"{i}.png", label, "P")
-    return tree
+def folder(path, classes="cat dog", **options):
+    return data.open_dataset("folder", path, "val", classes.split(), **options)
 
 
-def test_counts_of_names_and_templates():
-    assert {name: len(names) for name, names in data.CLASSES.items()} == dict(
+# ---- Mistakes, progress, processes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    ("count", "1", "0"), ("natural", "0", "-1"), ("count", "7", "many"), ("share", "1", "1.1"),
+    ("share", "0", "nan"), ("positive", "1e-9", "0"), ("positive", "2", "inf"),
+    ("seed_number", "-3", str(1 << 63))])
+def test_values_on_a_command_line(kind, good, bad):
+    parser = data.Parser()
+    parser.add_argument("--n", type=getattr(data, kind))
+    assert parser.parse_args(["--n", good]).n == float(good)
+    refuses(f"--n.*{bad}.*expected", parser.parse_args, ["--n", bad])
+
+
+@pytest.mark.parametrize("error, said", [
+    (UserError("no image a\x1b[2J\nerror: b\udcff é.jpg"),
+     "error: no image a\\x1b[2J error: b\\udcff é.jpg"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--batch"),
+    (MemoryError(), "out of memory"), (OSError(28, "No space left on device", "x.pt"), "x.pt"),
+    (OSError(24, "Too many open files"), "Too many open files"), (OSError("not a file's"), None),
+    (RuntimeError("shapes cannot be multiplied"), None)])
+def test_what_a_user_can_mend_is_one_line(error, said, capsys):
+    end = refuses(None, data.clean_exit(raising(error)), error=SystemExit if said else type(error))
+    err = capsys.readouterr().err
+    assert err == "" if said is None else err.startswith("error: ") and err.count("\n") == 1
+    assert said is None or said in err and end == "2"
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    code = ("import data\n@data.clean_exit\ndef main():\n    while True:\n        print('line')\n"
+            "main()")
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, cwd=REPOSITORY)
+    command.stdout.read(1)
+    command.stdout.close()
+    assert command.stderr.read().count(b"\n") == 1 and command.wait(60) == 2
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch):
+    data.write_text(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
+    refuses("cannot write .*a: No space left", data.write_text, tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    refuses("cannot write .*/a", data.make_folder, tmp_path / "a/b")
+
+
+def test_fingerprints_of_strings_bytes_and_tensors():
+    value = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert data.fingerprint("abc") == "ba7816bf8f01cfea" == data.fingerprint(b"a", "bc")
+    assert data.fingerprint(value.T) == data.fingerprint(value.T.contiguous().numpy().tobytes())
+
+
+def test_slow_imports_are_left_out():
+    code = ("import data, sys; data.Shapes('val', 0).image(0); "
+            "sys.exit(bool({'torchvision', 'torch._dynamo'} & sys.modules.keys()))")
+    assert python("-c", code).returncode == 0
+
+
+# ---- Class names and colours -------------------------------------------------------------------
+
+
+def test_names_and_ids_of_the_benchmarks():
+    assert {name: len(set(names)) for name, names in data.CLASSES.items()} == dict(
         voc=20, context=59, ade=150, cityscapes=19, stuff=27, stuff171=171)
-    for names in data.CLASSES.values():
-        assert len(set(names)) == len(names)
-        assert all(name == " ".join(name.split()) and name.islower() for name in names)
+    assert all(name == " ".join(name.split()) for names in data.CLASSES.values() for name in names)
     assert data.CLASSES["ade"][44] == "chest of drawers" and data.CLASSES["ade"][-1] == "flag"
-    assert len(data.TEMPLATES) == len(set(data.TEMPLATES)) == 85
-    assert all(t.count("{}") == 1 and t.endswith(".") and t == t.strip() for t in data.TEMPLATES)
-    assert data.TEMPLATES[0] == "a bad photo of a {}."
-    assert data.TEMPLATES[79:81] == ["a tattoo of the {}.", "there is a {} in the scene."]
-    assert data.TEMPLATES[-1] == "this is one {} in the scene."
-
-
-def test_ids_of_stuff_and_context():
-    assert sorted(i for text in data.STUFF.values() for i in data._expand(text)) == list(range(182))
-    assert len(data.CONTEXT_IDS) == 60 and data.CONTEXT_IDS == sorted(set(data.CONTEXT_IDS))
-    assert (data.STUFF_IDS[182:255] == -1).all() and data.STUFF_IDS[255] == VOID
+    assert (data.STUFF_IDS[182:255] == -1).all() and (data.STUFF_IDS[:182] >= 0).all()
     for raw, name in {0: "person", 1: "vehicle", 8: "vehicle", 9: "outdoor", 90: "indoor",
                       152: "food stuff", 155: "furniture stuff", 156: "sky", 181: "solid",
                       114: "floor", 178: "water", 94: "building", 93: "plant"}.items():
         assert data.CLASSES["stuff"][data.STUFF_IDS[raw]] == name
-
-
-def test_palettes():
-    colours = data.palette(20)
-    assert colours[:8].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128],
-                                    [128, 0, 128], [0, 128, 128], [128, 128, 128], [64, 0, 0]]
-    assert colours[19].tolist() == [0, 64, 128]
-    assert len(set(map(tuple, data.palette(150).tolist())) - {(0, 0, 0)}) == 150
-    assert len(data.CITYSCAPES_PALETTE) == 19
-    assert torch.equal(data.dataset_palette("shapes", 12), data.palette(12))
-    assert torch.equal(data.dataset_palette("shapes", 10), data.SHAPES_PALETTE)
-    shown = data.visible(colours)  # on a grey picture: light greys are not
-    assert (shown != colours).any(1).tolist() == [name == "car" for name in data.CLASSES["voc"]]
-    assert len(set(map(tuple, shown.tolist()))) == 20
-    assert torch.equal(data.visible(colours[6]), shown[6]) and shown[6].tolist() == [64, 255, 110]
-    assert torch.equal(data.visible(data.SHAPES_PALETTE), data.SHAPES_PALETTE)
-
-
-def test_parse_classes(tmp_path):
-    assert data.parse_classes("cat, dog,  potted   plant") == ["cat", "dog", "potted plant"]
-    path = tmp_path / "names.txt"
-    path.write_text("# pets\ncat\n\ndog  # the second\nsofa, red\n")
-    assert data.parse_classes(str(path)) == ["cat", "dog", "sofa, red"]
-    refuses("256 classes", data.parse_classes, ",".join(map(str, range(256))))
-
-
-def test_what_read_image_takes_and_refuses(tmp_path, monkeypatch):
-    def stored(image, name="x.png", **options):
-        image.save(tmp_path / name, **options)
-        read = data.read_image(tmp_path / name)
-        assert read.dtype == torch.uint8 and read.shape[0] == 3 and read.is_contiguous()
-        assert data.image_size(tmp_path / name) == tuple(read.shape[1:])
-        return read[:, 0, 0].tolist()
-
-    new = lambda mode, colour: Image.new(mode, (W, H), colour)
-    assert stored(new("RGB", (10, 20, 30))) == [10, 20, 30]
-    assert stored(new("L", 77)) == [77, 77, 77]
-    assert stored(new("1", 1)) == [255, 255, 255]
-    palette = new("P", 1)
-    palette.putpalette([0, 0, 0, 200, 100, 50])
-    assert stored(palette) == [200, 100, 50]
-    assert stored(palette, transparency=1) == [255, 255, 255]
-    assert stored(new("RGBA", (10, 20, 30, 255))) == [10, 20, 30]
-    assert stored(new("RGBA", (10, 20, 30, 0))) == [255, 255, 255]
-    assert stored(new("RGBA", (0, 100, 200, 128))) == pytest.approx([127, 177, 227], abs=1)
-    assert stored(new("LA", (40, 0))) == [255, 255, 255]
-    cyan = stored(new("CMYK", (255, 0, 0, 0)), "x.jpg", quality=100)
-    assert cyan == pytest.approx([0, 255, 255], abs=3)
-    for value, expected in {65535: 255, 0x8000: 128, 255: 0, 256: 1}.items():
-        image = Image.fromarray(np.full((H, W), value, dtype=np.uint16))
-        assert stored(image) == stored(image, "x.tif") == [expected] * 3
-    refuses("x.tif holds floating-point pixels", stored, new("F", 0.5), "x.tif")
-    refuses("x.tif has 32 bits a pixel", stored, new("I", 1 << 20), "x.tif")
-    refuses("no image .*gone.jpg", data.read_image, tmp_path / "gone.jpg")
-    monkeypatch.setattr(Image, "open", raising(PermissionError(13, "Permission denied")))
-    refuses("cannot read image .*x.png: Permission denied$", data.read_image, tmp_path / "x.png")
-
-
-def test_exif_orientation(tmp_path):
-    pixels = np.zeros((H, W, 3), dtype=np.uint8)
-    pixels[:, : W // 2] = 255  # left half white
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise: the left side becomes the top
-    for name in ("turned.jpg", "turned.png"):
-        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
-        image = data.read_image(tmp_path / name)
-        assert image.shape == (3, W, H) and data.image_size(tmp_path / name) == (W, H)
-        assert (image[:, : W // 2] > 200).all() and (image[:, W // 2:] < 50).all()
-
-
-def test_voc_and_context(tmp_path):
-    tree = voc_tree(tmp_path)
-    for root in (tmp_path, tmp_path / "VOCdevkit", tree):
-        voc = data.open_dataset("voc", root, "val")
-        assert voc.ids == ["a", "b"] and len(voc) == 2 and voc.has_labels
-        assert voc.image(1).shape == (3, H, W)
-        assert first_column(voc.label(0)) == [VOID, 0, 19, VOID, VOID, VOID]
-    assert not torch.equal(voc.image(0), voc.image(1))
-    voc_tree(tmp_path, year="VOC2010", kind="Context", label=rows(0, 1, 59))
-    context = data.open_dataset("context", tmp_path, "train")
-    assert first_column(context.label(0)) == [VOID, 0, 58, 58, 58, 58]
-
-
-def test_ade(tmp_path):
-    tree = tmp_path / "ADEChallengeData2016"
-    for n, i in enumerate(("ADE_2", "ADE_1")):
-        photo(tree / "images" / "validation" / f"{i}.jpg", seed=n)
-        save(tree / "annotations" / "validation" / f"{i}.png", rows(0, 1, 150))
-    for root in (tmp_path, tree):
-        ade = data.open_dataset("ade", root, "val")
-        assert ade.ids == ["ADE_1", "ADE_2"]
-        assert first_column(ade.label(0)) == [VOID, 0, 149, 149, 149, 149]
-
-
-def test_cityscapes_in_both_encodings(tmp_path):
-    for i in ("bonn_1", "bonn_2"):
-        photo(tmp_path / f"cityscapes/leftImg8bit/val/bonn/{i}_leftImg8bit.png")
-    labels = tmp_path / "cityscapes/gtFine/val/bonn"
-    save(labels / "bonn_1_gtFine_labelIds.png", rows(0, 7, 26, 33, 29, 10))
-    save(labels / "bonn_2_gtFine_labelIds.png", rows(7))
-    save(labels / "bonn_2_gtFine_labelTrainIds.png", rows(255, 0, 13, 18))  # goes first
-    for root in (tmp_path, tmp_path / "cityscapes"):
-        city = data.open_dataset("cityscapes", root, "val")
-        assert city.ids == ["bonn/bonn_1", "bonn/bonn_2"] and city.has_labels
-        assert first_column(city.label(0)) == [VOID, 0, 13, 18, VOID, VOID]
-        assert first_column(city.label(1)) == [VOID, 0, 13, 18, 18, 18]
-    assert city.palette is data.CITYSCAPES_PALETTE
+    for raw, name in {0: "person", 12: "stop sign", 79: "toaster", 89: "toothbrush", 91: "banner",
+                      105: "clouds", 156: "sky-other", 170: "wall-brick", 181: "wood"}.items():
+        assert data.CLASSES["stuff171"][data.STUFF171_IDS[raw]] == name
     assert [int(i) for i in data.CITYSCAPES_IDS if 0 <= i < VOID] == list(range(19))
 
 
-@pytest.mark.parametrize("images, label, raw, expected", [
-    ("images", "annotations/val2017/7_27labelTrainIds.png", (255, 0, 26), [VOID, 0, 26]),
-    ("images", "annotations/val2017/7.png", (255, 0, 181), [VOID, 9, 24]),
-    ("images", "stuffthingmaps/val2017/7.png", (255, 0, 71), [VOID, 9, 0]),
-    (".", "stuffthingmaps/val2017/7.png", (255, 0, 156), [VOID, 9, 23])])
-def test_stuff_in_every_layout(tmp_path, images, label, raw, expected):
-    photo(tmp_path / images / "val2017" / "7.jpg")
-    if "27label" in label:
-        save(tmp_path / "annotations/val2017/7.png", rows(0))  # the authors' labels go first
-    save(tmp_path / label, rows(*raw))
-    stuff = data.open_dataset("stuff", tmp_path, "val")
-    assert stuff.ids == ["7"] and stuff.has_labels
-    assert first_column(stuff.label(0))[:3] == expected
+def test_palettes():
+    voc = data.dataset_palette("voc", 20).tolist()
+    assert voc[:4] == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
+    assert voc[6:8] + voc[19:] == [[128, 128, 128], [64, 0, 0], [0, 64, 128]]
+    assert len(set(map(tuple, data.dataset_palette("folder", 150).tolist())) - {(0, 0, 0)}) == 150
 
 
-def test_folder(tmp_path):
-    for name in ("b.JPG", "a.png", "b.png", "sub/a.png", ".hidden.png", ".cache/c.png"):
-        photo(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    train, val = (data.open_dataset("folder", tmp_path, split, ["cat", "dog"])
-                  for split in ("train", "val"))
-    assert train.ids == val.ids == ["a.png", "b.JPG", "b.png", "sub/a.png"]
-    assert not val.has_labels and val.classes == ["cat", "dog"]
-    assert val.image(3).shape == (3, H, W)
-    refuses("no label for image a.png of folder", val.label, 0)
-    refuses('no split "test"', data.open_dataset, "folder", tmp_path, "test", ["cat"])
+FILES = [  # a class file, and the classes in it or a part of the complaint
+    ("cat, dog,sofa  bed", ["cat", "dog", "sofa bed"]), ("\ufeffcat\ndog", ["cat", "dog"]),
+    ("person, man,woman\ncat # a pet\n\n", ["person, man, woman", "cat"]), ("# 1\ncat", ["cat"]),
+    ("cat;dog", ["cat", "dog"]), ("3d printer\n2-door car", ["3d printer", "2-door car"]),
+    ("train: ../train\nnc: 2\nnames: ['cat', \"men's hat\"]\n", ["cat", "men's hat"]),
+    ("names: [cat,\n  hot dog]\nnc: 2", ["cat", "hot dog"]),
+    ("path: x\nnames:\n  0: cat\n  1: hot dog\nnc: 2", ["cat", "hot dog"]),
+    ("names:\n- cat\n- 'hot dog'\nnc: 2", ["cat", "hot dog"]),
+    ("Pixel Value, Class\n0, background\n1, cat", ["background", "cat"]),
+    ("Idx\tRatio\tName\n1\t0.1\twall\n2\t0.2\tbuilding;edifice", ["wall", "building, edifice"]),
+    ("name,r,g,b\nsky,1,2,3\nroad,4,5,6", ["sky", "road"]), ('["cat", "dog"]', ["cat", "dog"]),
+    ("64 128 64\tcat\n192 0 128\tdog", ["cat", "dog"]), ("0: cat\n1: dog", ["cat", "dog"]),
+    ("__ignore__\n_background_\ncat", ["cat"]), ("", "0 classes"), ('{"0": "cat"}', '"{"0":'),
+    ("1: cat\n5: dog", '"1: cat"'), ("<a>\n<name>cat</name>", '"<a>"'), ("0.5 0.1\n1 2", "0.5 0.1"),
+    ("person, man\nman", '"man" is repeated'), ("person, MAN, man\ncat", '"man" is repeated'),
+    ("cat\nperson, , man", '""'), ("cat,\ndog\x1b[2J", "is no class name"),
+    (",".join(map(str, range(256))), "256 classes")]
 
 
-def test_trees_without_labels_open(tmp_path):
-    labels = voc_tree(tmp_path) / "SegmentationClass"
-    (labels / "b.png").unlink()
-    voc = data.open_dataset("voc", tmp_path, "val")
-    refuses(r"no label for image b .*SegmentationClass.b\.png", voc.label, 1)
-    shutil.rmtree(labels)
-    voc = data.open_dataset("voc", tmp_path, "val")
-    assert not voc.has_labels and voc.image(0).shape == (3, H, W)
+@pytest.mark.parametrize("content, classes", FILES)
+def test_class_files(tmp_path, content, classes, capsys):
+    (tmp_path / "names.txt").write_text(content, "utf-8")
+    if isinstance(classes, str):
+        refuses(classes.replace("{", r"\{"), data.parse_classes, str(tmp_path / "names.txt"))
+        return
+    assert data.parse_classes(str(tmp_path / "names.txt")) == classes
+    assert ("_background_" in capsys.readouterr().out) == ("_background_" in content)
+
+
+@pytest.mark.parametrize("text", ["classes.csv", "~/names", "lists/pets", "a, b.txt", "x.yaml"])
+def test_class_names_on_the_command_line(text):
+    refuses(f"no file {text}", data.parse_classes, text)
+    assert data.parse_classes("cat;dog,  potted   plant") == ["cat", "dog", "potted plant"]
+    assert data.parse_classes("st. bernard") == ["st. bernard"]
+    assert data.called("person, man") == "person" and data.name_counts(["a, b", "c"]) == [2, 1]
+
+
+# ---- One file ----------------------------------------------------------------------------------
+
+TURNED = {1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.swapaxes(0, 1),
+          6: RGB[::-1].swapaxes(0, 1), 7: RGB[::-1, ::-1].swapaxes(0, 1),
+          8: RGB[:, ::-1].swapaxes(0, 1)}  # by EXIF orientation
+
+
+def exif(orientation):
+    content = Image.Exif()
+    content[0x0112] = orientation
+    return content
+
+
+def stored(path, pixels, mode=None, **options):
+    """Write pixels as an image file, and read that: H×W×3."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, **options)
+    read = data.read_image(path)
+    assert read.dtype == torch.uint8 and read.shape[0] == 3 and read.is_contiguous()
+    assert data.image_size(path) == tuple(read.shape[1:])
+    return read.permute(1, 2, 0).numpy().astype(int)
+
+
+def test_pictures_of_any_mode(tmp_path, recwarn):
+    png, three = tmp_path / "x.png", lambda grey: np.stack([grey] * 3, -1)
+    grey = np.array(Image.fromarray(RGB).convert("L"))
+    for name, options in {"x.png": {}, "x.bmp": {}, "x.tif": dict(compression="tiff_lzw")}.items():
+        assert (stored(tmp_path / name, RGB, **options) == RGB).all()
+        assert (stored(tmp_path / name, RGB, "L", **options) == three(grey)).all()
+    for name in ("x.png", "x.tif"):
+        assert (stored(tmp_path / name, GREY16) == three(GREY16 >> 8)).all()
+    alpha = np.where(LABEL == 0, 0, 255).astype(np.uint8)
+    on_white = np.where(alpha[..., None], RGB, 255)
+    assert (stored(png, np.dstack([RGB, alpha])) == on_white).all()
+    palette = Image.fromarray(RGB).quantize(4)
+    shown, clear = np.array(palette.convert("RGB")), np.array(palette) == 1
+    assert (stored(png, palette) == shown).all()
+    assert (stored(png, palette, transparency=1) == np.where(clear[..., None], 255, shown)).all()
+    cmyk = stored(tmp_path / "x.jpg", Image.new("CMYK", (W, H), (255, 0, 0, 0)), quality=100)
+    assert abs(cmyk - [0, 255, 255]).max() < 4
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * (5 << 20), zip=True)
+    text.add_itxt("XML", "x" * (5 << 20), zip=True)
+    assert (stored(png, RGB, pnginfo=text) == RGB).all() and not recwarn.list
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_photographs_are_turned(tmp_path, orientation, kind):
+    path, expected = tmp_path / f"x.{kind}", TURNED[orientation]
+    assert (stored(path, RGB, exif=exif(orientation)) == expected).all()
+    if kind == "png":
+        assert (data.read_image(path, turn=False).permute(1, 2, 0).numpy() == RGB).all()
+        assert data.image_size(path, turn=False) == (H, W)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "x.tif"
+    for image in (Image.new("F", (W, H)), Image.new("I", (W, H), -1), Image.new("I", (W, H), 1 << 20)):
+        image.save(path)
+        assert "32 bits" not in refuses("x.tif: .*convert it", data.read_image, path)
+    picture(tmp_path / "x.jpg")
+    for content in (b"", b"\xff\xd8\xff", (tmp_path / "x.jpg").read_bytes()[:-300]):
+        path.write_bytes(content)
+        refuses("^cannot read image .*x.tif: ", data.read_image, path)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, reason in {"gone.jpg": "No such file", "pipe.jpg": "no file", ".": "no file"}.items():
+        refuses(f"{name}: .*{reason}", data.read_image, tmp_path / name)
+    refuses("cannot read label .*x.jpg: .*RGB", data.read_label, tmp_path / "x.jpg")
+
+
+def test_what_is_read_of_a_folder(tmp_path, capsys, monkeypatch):
+    photos = tmp_path / "photos"
+    for name in ("a.jpg", "b.JFIF", "c.jpe", "album/e.png", ".hidden.jpg", ".git/f.jpg",
+                 "@eaDir/a.jpg", "album/$RECYCLE.BIN/x.jpg", "#recycle/b.jpg"):
+        save(photos / name, RGB)
+    for name in ("1.heic", "2.HEIC", "a\x1b[2J.b\x1b", "notes.txt", "photo"):
+        (photos / name).write_text("x")
+    save(tmp_path / "elsewhere/g.jpg", RGB)
+    for link, target in {"linked": "../elsewhere", "album/loop": "..", "an-album": "album",
+                         "lost.jpg": "nowhere.jpg"}.items():
+        (photos / link).symlink_to(target)
+    (photos / "closed").mkdir()
+    error, scandir = PermissionError(13, "Permission denied", str(photos / "closed")), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (
+        raising(error) if Path(path).name == "closed" else scandir)(path))
+    data.save_picture(Image.fromarray(RGB), photos / "sheet.png")
+    assert folder(photos).ids == ["a.jpg", "album/e.png", "b.JFIF", "c.jpe", "linked/g.jpg"]
+    folder(photos)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and str(photos) in said
+    for part in ("@eaDir", "$RECYCLE.BIN", "#recycle", "2 .heic", "1 .b\\x1b", "lost.jpg",
+                 "closed (Permission denied)", "1 made by this program"):
+        assert part in said
+
+
+# ---- The data sets -----------------------------------------------------------------------------
+
+
+def test_real_photographs_and_their_labels():
+    for name, split in (("voc", "train"), ("voc", "val"), ("cityscapes", "val")):
+        real = data.open_dataset(name, REAL / ("cityscapes" if name == "cityscapes" else ""), split)
+        assert real.has_labels and len(real)
+        for i in range(len(real)):
+            image = np.array(Image.open(real.image_path(i)))
+            raw = np.array(Image.open(real.label_path(i)[0])).astype(int)
+            expected = (np.where((raw == 0) | (raw == 255), 255, raw - 1) if name == "voc" else raw)
+            assert (real.image(i).permute(1, 2, 0).numpy() == image).all()
+            assert (real.label(i).numpy() == expected).all() and real.size(i) == raw.shape
+    ids = np.array(Image.open(real.label_path(0)[0].replace("TrainIds", "Ids")))
+    assert (data.CITYSCAPES_IDS[ids.astype(int)].numpy() == expected).mean() > 0.99  # both encodings
+
+
+def voc_tree(root, lists, kind="", year="VOC2012", label=rows(0, 1, 20, 255)):
+    """A tree with the images a and b; lists: {split: content of its list}."""
+    tree = root / "VOCdevkit" / year
+    (tree / f"ImageSets/Segmentation{kind}").mkdir(parents=True)
+    for split, content in lists.items():
+        (tree / f"ImageSets/Segmentation{kind}/{split}.txt").write_bytes(content.encode())
+    for i in "ab":
+        save(tree / f"JPEGImages/{i}.jpg", RGB)
+        save(tree / f"SegmentationClass{kind}/{i}.png", label, "P")
+    return tree
+
+
+def test_voc_and_context(tmp_path):
+    paths = "".join(f"/JPEGImages/{i}.jpg /SegmentationClassAug/{i}.png\n" for i in "ba")
+    tree = voc_tree(tmp_path, dict(train="a\n", val="\ufeffa\r\nb\r\n\r\n", trainaug=paths))
+    for root in (tmp_path, tmp_path / "VOCdevkit", tree):
+        voc = data.open_dataset("voc", root, "val")
+        assert voc.ids == ["a", "b"] and voc.has_labels
+        assert first_column(voc.label(1)) == [VOID, 0, 19, VOID, VOID, VOID]
+    assert (voc.objects(0) == data.connected_regions(voc.label(0))).all()
+    save(tree / "SegmentationObject/a.png", rows(0, 1, 2, 255))
+    assert first_column(data.open_dataset("voc", tmp_path).objects(0)) == [0, 1, 2, 0, 0, 0]
+    save(tree / "SegmentationClassAug/b.png", rows(2))
+    (tree / "SegmentationClass/b.png").unlink()
+    aug = data.open_dataset("voc", tmp_path, "trainaug")
+    assert aug.ids == ["b", "a"] and aug.has_labels and first_column(aug.label(0)) == [1] * H
+    (tree / "JPEGImages/a.jpg").unlink()
+    refuses("1 of the 2 images .*missing.*a.jpg", data.open_dataset, "voc", tmp_path, "val")
+    voc_tree(tmp_path, dict(val="a"), "Context", "VOC2010", rows(0, 1, 59))
+    context = data.open_dataset("context", tmp_path, "val")
+    assert first_column(context.label(0)) == [VOID, 0, 58, 58, 58, 58]
+    refuses("list of images .*train.txt: No such", data.open_dataset, "context", tmp_path)
+    refuses('no split "trainaug"', data.open_dataset, "context", tmp_path, "trainaug")
+
+
+@pytest.mark.parametrize("name, image, labels, expected", [
+    ("ade", "images/validation/7.jpg", {"annotations/validation/7.png": (0, 1, 150)},
+     [VOID, 0, 149]),
+    ("cityscapes", "leftImg8bit/val/a/7_leftImg8bit.png",
+     {"gtFine/val/a/7_gtFine_labelIds.png": (0, 7, 33)}, [VOID, 0, 18]),
+    ("cityscapes", "leftImg8bit/val/a/7_leftImg8bit.png", {
+        "gtFine/val/a/7_gtFine_labelIds.png": (7, 7, 7),
+        "gtFine/val/a/7_gtFine_labelTrainIds.png": (255, 0, 18)}, [VOID, 0, 18]),
+    ("cityscapes", "leftImg8bit/val/a/7_leftImg8bit.png",
+     {"gtFine/val/a/7_labelTrainIds.png": (255, 0, 18)}, [VOID, 0, 18]),
+    ("stuff", "images/val2017/7.jpg", {
+        "annotations/val2017/7.png": (0, 0, 0),
+        "annotations/val2017/7_27labelTrainIds.png": (255, 0, 26)}, [VOID, 0, 26]),
+    ("stuff", "images/val2017/7.jpg", {"stuffthingmaps/val2017/7.png": (255, 0, 71)}, [VOID, 9, 0]),
+    ("stuff", "val2017/7.jpg", {"annotations/val2017/7.PNG": (255, 0, 181)}, [VOID, 9, 24]),
+    ("stuff171", "val2017/7.jpg", {"stuffthingmaps/val2017/7.png": (255, 0, 181)},
+     [VOID, 0, 170]),
+    ("stuff171", "val2017/7.jpg", {"annotations/val2017/7_labelTrainIds.png": (255, 0, 170)},
+     [VOID, 0, 170])])
+def test_other_trees(tmp_path, name, image, labels, expected):
+    save(tmp_path / image, RGB)
+    assert not data.open_dataset(name, tmp_path, "val").has_labels
+    for file, values in labels.items():
+        save(tmp_path / file, rows(*values))
+    one = data.open_dataset(name, tmp_path, "val")
+    assert len(one) == 1 and one.has_labels and first_column(one.label(0))[:3] == expected
+    other = tmp_path / image.replace("/7", "/8")
+    shutil.copy(tmp_path / image, other)
+    refuses("1 of 2 labels .*8", lambda: data.open_dataset(name, tmp_path, "val").has_labels)
+    (tmp_path / image).unlink()  # what is there fits none: a file that lies there is named
+    refuses("1 of 1 .*8.*7", lambda: data.open_dataset(name, tmp_path, "val").has_labels)
+
+
+@pytest.mark.parametrize("label", [
+    "0.png", "0.PNG", "0.bmp", "0_mask.png", "0_Label.tif", "0_labels.png", "0_seg.gif",
+    "0_gtFine_labelTrainIds.png", "0.jpg.png"])
+def test_labels_of_usual_names(tmp_path, label):
+    names = "0.jpg", unicodedata.normalize("NFD", "ü/é") + ".png"
+    for name, size in zip(names, ((W, H), (W, 2))):
+        picture(tmp_path / "photos" / name, size)
+    for own, pixels in (("", LABEL), ("ü/", LABEL[:2])):
+        path = own + (label.replace("0", "é").replace("jpg", "png") if own else label)
+        save(tmp_path / "labels" / path, pixels)
+    one = folder(tmp_path / "photos", "cat dog sofa", labels=tmp_path / "labels")
+    assert one.has_labels and len(one) == 2
+    assert all((one.label(i).numpy() == pixels).all() for i, pixels in enumerate((LABEL, LABEL[:2])))
+
+
+def test_labels_that_do_not_fit(tmp_path):
+    photos, labels = tmp_path / "photos", tmp_path / "labels"
+    for name in ("a.jpg", "b.png"):
+        save(photos / name, RGB)
+    opened = lambda *classes, **options: folder(photos, *classes, labels=labels, **options)
+    refuses("no folder .*labels", opened)
+    save(labels / "other.jpg", RGB)
+    refuses("2 of .*labels.a.png.*other.jpg", opened)
+    (labels / "other.jpg").unlink()
+    refuses("no labels in .*labels", opened)
+    save(labels / "a_mask.png", LABEL, "P")
+    refuses("1 of .*b.png.*none", opened)
+    save(labels / "b.png", LABEL)
+    three = opened("cat dog sofa")
+    assert three.ids == ["a.jpg", "b.png"] and (three.label(0).numpy() == LABEL).all()
+    refuses("a_mask.png holds the id 2.*--labels-offset", opened().label, 0)
+    two = opened(offset=1)
+    assert (two.label(1).numpy() == np.where(LABEL == 0, 255, LABEL - 1.0)).all()
+    save(labels / "b.png", LABEL[1:])
+    refuses("b.png is 8×5 pixels, its image 8×6", two.label, 1)
+    refuses("--labels", data.open_dataset, "voc", photos, labels=labels)
+    for kind in ("", "_mask"):  # labels among photographs of the same ending
+        save(tmp_path / f"both/x{kind}.png", RGB if not kind else LABEL)
+    assert folder(tmp_path / "both", labels=tmp_path / "both").ids == ["x.png"]
+
+
+@pytest.mark.parametrize("drawn, orientation", [("stored", 6), ("turned", 6), ("turned", 3)])
+def test_labels_turn_with_their_photographs(tmp_path, drawn, orientation):
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(RGB).save(tmp_path / "photos/a.png", exif=exif(orientation))
+    turned = LABEL[::-1].swapaxes(0, 1) if orientation == 6 else LABEL[::-1, ::-1]
+    save(tmp_path / "labels/a.png", LABEL if drawn == "stored" else turned)
+    one = folder(tmp_path / "photos", "cat dog sofa", labels=tmp_path / "labels")
+    assert (one.label(0).numpy() == turned).all()
+    assert one.image(0).shape[1:] == one.label(0).shape == one.size(0)
+    assert data.TrainingViews(one, (20, 20), 20, (1.0, 1.0)).batch([(0, 0)])["size"].tolist() == [
+        [20, 15] if orientation == 6 else [15, 20]]
+
+
+@pytest.mark.parametrize("name, options, said", [
+    ("cifar", {}, 'no data set "cifar"'), ("voc", {}, "--data-root"),
+    ("voc", dict(root="nowhere"), "no voc in .*nowhere"), ("folder", dict(root="."), "--classes"),
+    ("folder", dict(root="nowhere", classes=["cat"]), "nowhere"),
+    ("voc", dict(classes=["cat"]), "--classes"), ("shapes", dict(split="test"), "no split")])
+def test_data_sets_that_are_not_there(name, options, said):
+    refuses(said, data.open_dataset, name, **options)
+
+
+def test_fingerprints_tell_images_apart(tmp_path):
+    for name, size in (("a", 4), ("b", 4), ("c", 9)):
+        save(tmp_path / name / "x.bmp", np.zeros((size, size, 3)))
+    a, b, c = (folder(tmp_path / name).fingerprint for name in "abc")
+    assert a == b != c
+    save(tmp_path / "a/y.bmp", RGB)
+    assert folder(tmp_path / "a").fingerprint not in (b, c)
+    assert len({data.Shapes(split, seed).fingerprint
+                for split in ("train", "val") for seed in (0, 1)}) == 4
+
+
+def test_downloads_are_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
+    refuses("voc and ade into --data-root", data.download, "stuff", tmp_path)
+    url, _, tree = data.DOWNLOADS["ade"]
+    archive = tmp_path / url.rpartition("/")[2]
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(f"{tree}/images/a.txt", "")
+    monkeypatch.setattr("torchvision.datasets.utils.download_url",
+                        raising(RuntimeError("File not found or corrupted.")))
+    refuses(f"downloading ade into {tmp_path} failed: .*corrupted", data.download, "ade", tmp_path)
+    assert not (tmp_path / tree).exists()
+    monkeypatch.undo()
+    digest = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(data.DOWNLOADS, "ade", (url, digest, tree))
+    for _ in range(2):
+        data.download("ade", tmp_path)  # finds the archive, whose hash is right; then the tree
+        assert (tmp_path / tree / "images/a.txt").exists()
+        archive.write_bytes(b"")
+
+
+# ---- Views -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("height, width, scale, ratio, expected", [
     (375, 500, (2048, 336), 1.0, (336, 448)),     # release, VOC
     (375, 500, (520, 520), 1.0, (390, 520)),      # paper, Context: the long side is bounded
     (1024, 2048, (2048, 448), 1.0, (448, 896)),   # release, Cityscapes
-    (1024, 2048, (1024, 512), 1.0, (512, 1024)),  # paper, Cityscapes
     (100, 1000, (2048, 512), 1.0, (205, 2048)),   # a panorama: 1000·2.048 long, 204.8 short
     (1000, 100, (512, 2048), 1.0, (2048, 205)),   # the order within the scale is immaterial
-    (375, 500, (2048, 336), 0.5, (168, 224)),
-    (375, 500, (2048, 336), 2.0, (672, 896)),
+    (375, 500, (2048, 336), 0.5, (168, 224)), (375, 500, (2048, 336), 2.0, (672, 896)),
     (1, 900, (20, 10), 1.0, (1, 20))])            # never zero pixels
 def test_resize_to_scale(height, width, scale, ratio, expected):
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     assert tuple(data.resize_to_scale(image, scale, ratio).shape[1:]) == expected
 
 
-def test_resize_to_scale_is_antialiased():
-    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    stripes[:, :, ::2] = 255
-    small = data.resize_to_scale(stripes, (16, 16))
-    assert small.dtype == torch.uint8 and (small.float() - 127.5).abs().max() < 20
+def real_views(**options):
+    voc = data.open_dataset("voc", REAL, "train")
+    return data.TrainingViews(voc, **{"scale": (90, 60), "crop": 64, "seed": 3, **options})
 
 
-def test_training_view_is_a_cut_of_the_image():
-    torch.manual_seed(0)
-    image = torch.arange(3 * 20 * 30).remainder(251).to(torch.uint8).view(3, 20, 30)
-    cuts = image.unfold(1, 16, 1).unfold(2, 16, 1).flatten(1, 2)  # 3×75×16×16
-    is_cut = lambda view: (cuts == view[:, None]).all(3).all(2).all(0).any().item()
-    flips = 0
-    for _ in range(20):  # ratio 1 and a scale of the image's own size: nothing is resized
-        view, size = data.training_view(image, (30, 20), 16, (1.0, 1.0))
-        assert size == (16, 16) and view.shape == (3, 16, 16)
-        assert is_cut(view) or is_cut(view.flip(-1))
-        flips += is_cut(view.flip(-1))
-    assert 3 < flips < 17
+def test_views_are_what_the_recipe_says():
+    """Drawn from the global generator, resized by torchvision, cut and padded by numpy."""
+    from torchvision.transforms.v2 import functional as TF
+
+    views = real_views()
+    keys = [(epoch, i) for epoch in range(6) for i in range(len(views))]
+    batch, flips = views.batch(keys), 0
+    for n, (epoch, i) in enumerate(keys):
+        torch.manual_seed(data.draw_seed(3, epoch, views.data.ids[i], "view"))
+        image = data.read_image(views.data.image_path(i))
+        factor = torch.empty(()).uniform_(0.5, 2).item()
+        factor = min(int(90 * factor) / max(image.shape[1:]), int(60 * factor) / min(image.shape[1:]))
+        size = [int(side * factor + 0.5) for side in image.shape[1:]]
+        image = TF.resize(image, size, antialias=True).numpy()
+        top, left = (int(torch.randint(max(side - 64, 0) + 1, ())) for side in size)
+        cut = image[:, top:top + 64, left:left + 64]
+        cut = cut[:, :, ::-1] if torch.rand(()) < 0.5 else cut
+        flips += cut.strides[-1] < 0
+        h, w = batch["size"][n].tolist()
+        assert (h, w) == cut.shape[1:] and (batch["view"][n, :, :h, :w].numpy() == cut).all()
+        assert not batch["view"][n, :, h:].any() and not batch["view"][n, :, :, w:].any()
+        assert batch["colours"][n].tolist() == torch.tensor(data.draw_colours()).tolist()
+    assert batch["index"].tolist() == [i for _, i in keys] and 0 < flips < len(keys)
+    assert len({size[0] for size in batch["size"].tolist()}) > 3
+    assert same(views.batch(keys[3:5]), {name: value[3:5] for name, value in batch.items()})
+    assert "colours" not in real_views(distort=False).batch([(0, 0)])
+    assert not same(real_views(seed=4).batch(keys), batch)
 
 
-def test_training_view_pads_and_normalise_makes_padding_zero():
-    image = torch.full((3, 20, 30), 200, dtype=torch.uint8)
-    view, size = data.training_view(image, (30, 20), 40, (1.0, 1.0))
-    assert size == (20, 30) and view.shape == (3, 40, 40)
-    images, sizes = torch.stack([view, view]), torch.tensor([[20, 30], [5, 40]])
-    kept = images.clone()
-    out = data.normalise(images, data.CLIP_MEAN, data.CLIP_STD, sizes)
-    assert torch.equal(images, kept) and out.dtype == torch.float32
+def test_normalise_makes_padding_zero():
+    images = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8)
+    out = data.normalise(images, data.CLIP_MEAN, data.CLIP_STD, torch.tensor([[8, 7], [5, 9]]))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.CLIP_MEAN, data.CLIP_STD))
-    expected = (view / 255 - mean) / std
-    for n, (height, width) in enumerate(sizes.tolist()):
-        assert torch.allclose(out[n, :, :height, :width], expected[:, :height, :width])
-        assert (out[n, :, height:] == 0).all() and (out[n, :, :, width:] == 0).all()
-    assert torch.allclose(data.normalise(images, data.CLIP_MEAN, data.CLIP_STD)[0], expected)
+    expected = (images / 255 - mean) / std
+    expected[0, :, :, 7:], expected[1, :, 5:] = 0, 0
+    assert torch.allclose(out, expected) and images.dtype == torch.uint8
     floats = torch.ones(1, 3, 2, 2)
     data.normalise(floats, data.CLIP_MEAN, data.CLIP_STD)
     assert (floats == 1).all()  # the argument is left alone
 
 
-def drawn_colours(count):
-    torch.manual_seed(0)
-    return torch.tensor([data.draw_colours() for _ in range(count)])
-
-
-def test_photometric_distortion():
-    images = normal(64, 3, 12, 12).mul(300).clamp(0, 255).to(torch.uint8)
-    colours = drawn_colours(64)
-    results = data.photometric_distortion(images, colours)
-    assert results.dtype == torch.uint8 and results.shape == images.shape
-    for image, colour, result in zip(images, colours, results):
-        assert torch.equal(data.photometric_distortion(image[None], colour[None])[0], result)
-    assert 0 < (results == images).flatten(1).all(1).sum() < 20  # one in 16 is expected
-    grey = torch.full((300, 3, 4, 4), 100, dtype=torch.uint8)
-    levels = data.photometric_distortion(grey, drawn_colours(300)).float()
-    assert levels.std(1).max() < 2  # grey stays grey: no step favours a channel
-    assert levels.min() < 60 and levels.max() > 150  # both product and sum are at work
-    assert levels.min() >= (100 - 32) * 0.5 - 2 and levels.max() <= (100 + 32) * 1.5 + 2
-
-
-def test_the_order_of_colour_steps():
-    changed = drawn_colours(400) != torch.tensor([0.0, 1, 1, 0, 1])
+def test_colours():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([data.draw_colours(generator) for _ in range(400)])
+    changed = drawn != torch.tensor([0.0, 1, 1, 0, 1])
     assert not (changed[:, 1] & changed[:, 4]).any()
-    shares = changed.float().mean(0)
-    assert ((shares - torch.tensor([0.5, 0.25, 0.5, 0.5, 0.25])).abs() < 0.08).all()
-    orange = torch.tensor([200, 100, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(3, -1, -1, -1)
-    colours = torch.tensor([[0, 1.5, 0.5, 0, 1], [0, 1, 0.5, 0, 1.5], [-20, 1, 0.5, 0.5, 1]])
-    results = data.photometric_distortion(orange, colours).flatten(1).tolist()
-    assert results == [[209, 157, 82], [238, 163, 88], [50, 100, 140]]  # by hand
+    shares = torch.tensor([0.5, 0.25, 0.5, 0.5, 0.25])
+    assert ((changed.float().mean(0) - shares).abs() < 0.08).all()
+    low, high = drawn.amin(0), drawn.amax(0)
+    for values, limits in ((low, [-32, 0.5, 0.5, -0.1, 0.5]), (high, [32, 1.5, 1.5, 0.1, 1.5])):
+        assert ((values - torch.tensor(limits)).abs() < (high - low) * 0.05).all()
+    orange = torch.tensor([200, 100, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(4, -1, -1, -1)
+    colours = torch.tensor([[0, 1.5, 0.5, 0, 1], [0, 1, 0.5, 0, 1.5], [-20, 1, 0.5, 0.5, 1],
+                            [0, 1, 1, 0, 1]])
+    results = data.photometric_distortion(orange, colours).flatten(1)
+    expected = [[209, 157, 82], [238, 163, 88], [50, 100, 140], [200, 100, 0]]  # by hand
+    assert (results - torch.tensor(expected)).abs().max() <= 2
 
 
-def test_training_views_depend_on_seed_epoch_and_id_alone(tmp_path):
-    views = lambda seed=3: data.TrainingViews(data.open_dataset("voc", tmp_path, "train"),
-                                              scale=(40, 24), crop=16, seed=seed)
-    tree = voc_tree(tmp_path, ids=("a", "b", "c"))
-    some = views()
-    first = {(e, i): some[e, i] for e in range(2) for i in range(3)}
-    state = torch.manual_seed(99).get_state()
-    for key in reversed(first):
-        assert same(some[key], first[key])
-        assert first[key]["index"] == key[1]
-    assert not torch.equal(first[0, 0]["colours"], first[1, 0]["colours"])
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(first[0, 0]["view"], first[1, 0]["view"])
-    assert not torch.equal(first[0, 0]["view"], views(seed=4)[0, 0]["view"])
-    (tree / "ImageSets/Segmentation/train.txt").write_text("c\na\n")  # another position
-    assert torch.equal(views()[1, 0]["view"], first[1, 2]["view"])
+# ---- Answers kept on disk, and reading ahead ----------------------------------------------------
 
 
-def test_draw_seed():
-    assert data.draw_seed(0, 1, "a", "view") == 5165717157452797070  # by sha256sum
-    seeds = {data.draw_seed(s, e, i) for s in range(3) for e in range(3) for i in ("1", "2", 1)}
-    assert len(seeds) == 27 and all(0 <= s < 1 << 63 for s in seeds)
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_reading_ahead(workers):
+    read, threads, running = [], set(), threading.active_count()
+
+    def item(k):
+        if k == 12:
+            raise UserError("cannot read image x.jpg")
+        read.append(k)
+        threads.add((threading.get_ident(), torch.get_num_threads() if workers else 1))
+        return [k]
+
+    before = torch.get_num_threads()
+    items = data.read_ahead(item, itertools.count(), workers)
+    assert [next(items) for _ in range(12)] == [[k] for k in range(12)]
+    assert len(read) <= 12 + 2 * workers
+    refuses("x.jpg", next, items)
+    assert all(n == 1 for _, n in threads) and len(threads) <= max(workers, 1)
+    assert torch.get_num_threads() == before and threading.active_count() == running
+    items = data.read_ahead(item, range(9), workers)
+    next(items)
+    items.close()
+    assert threading.active_count() == running
+    assert list(data.read_ahead(item, range(9), workers)) == [[k] for k in range(9)]
 
 
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("compressed", [True, False])
-@pytest.mark.parametrize("name", ["LabelMap", "x"])
-def test_mat_round_trip(tmp_path, order, compressed, name):
-    array = np.arange(35, dtype=np.uint16).reshape(5, 7) * 13
-    for array in (array, (array // 13).astype(np.uint8), array[:1, :2]):  # narrow and tiny ones
-        mat_file(tmp_path / "x.mat", name, array, order, compressed)
-        (found, values), = data.read_mat_v5(tmp_path / "x.mat").items()
-        assert found == name and values.dtype == np.uint16
-        assert np.array_equal(values, array)
+BLOCKS = [[0, 1, 2], [3], [4, 5, 6, 7], [8, 9]]
+asked = []
 
 
-def test_mat_with_several_variables(tmp_path):
-    one, other = (np.full((3, n), n, dtype=np.uint16) for n in (5, 6))
-    for compressed in (True, False):
-        mat_file(tmp_path / "x.mat", "one", one, compressed=compressed)
-        first = (tmp_path / "x.mat").read_bytes()
-        assert not compressed or len(first) % 8  # what follows is not aligned
-        mat_file(tmp_path / "x.mat", "other", other, compressed=compressed)
-        (tmp_path / "x.mat").write_bytes(first + (tmp_path / "x.mat").read_bytes()[128:])
-        found = data.read_mat_v5(tmp_path / "x.mat")
-        assert list(found) == ["one", "other"]
-        assert np.array_equal(found["one"], one) and np.array_equal(found["other"], other)
+def ask_ten(path, facts=0, block_by=lambda block: block, workers=2):
+    """Records of ten items: k² twice."""
+
+    def ask(block):
+        asked.append(block_by(block))
+        return dict(x=torch.tensor([[k * k] * 2 for k in block]), y=torch.tensor(block) > 4)
+
+    asked.clear()
+    return data.ask_once(path, "squares", dict(facts=facts), dict(x=("int16", (2,)), y=("bool", ())),
+                         BLOCKS, list, ask, workers)
 
 
-def test_mat_skips_what_is_not_numeric_and_refuses_what_is_foreign(tmp_path):
-    path = tmp_path / "x.mat"
-    mat_file(path, "text", np.arange(600, dtype=np.uint16).reshape(20, 30), mat_class=4)
-    assert data.read_mat_v5(path) == {}
-    mat_file(path, "LabelMap", np.zeros((1 << 13, 1 << 13), dtype=np.uint8))  # a bomb
-    refuses("cut short, or of more than 64 MiB", data.read_mat_v5, path)
-    path.write_bytes(b"MATLAB 7.3".ljust(124) + b"\0\2IM" + bytes(64))
-    refuses("not a MATLAB 5 file", data.read_mat_v5, path)
-    refuses("no such file", data.read_mat_v5, tmp_path / "gone.mat")
+def check_ten(records):
+    rows = records.rows([9, 0, 4, 9])
+    assert len(records) == 10 and rows["x"].tolist() == [[81, 81], [0, 0], [16, 16], [81, 81]]
+    assert rows["y"].tolist() == [True, False, False, True]
 
 
-@pytest.fixture
-def context_tree(tmp_path):
-    """Context's tree before the conversion of its two .mat files, and their folder."""
-    tree, mats = tmp_path / "VOCdevkit" / "VOC2010", tmp_path / "trainval"
-    for i in ("a", "b", "c"):
-        photo(tree / "JPEGImages" / f"{i}.jpg")
-    (tree / "ImageSets/Main").mkdir(parents=True)
-    (tree / "ImageSets/Main/train.txt").write_text("a\nc\n")
-    (tree / "ImageSets/Main/val.txt").write_text("b\n")
-    mats.mkdir()
-    mat_file(mats / "a.mat", "LabelMap", rows(0, 1, 2, 458, 459, 9).astype(np.uint16))
-    mat_file(mats / "b.mat", "LabelMap", rows(2).astype(np.uint8), compressed=False)
-    return tree, mats
+def test_a_network_is_asked_once(tmp_path, monkeypatch, capsys):
+    def interrupt(block):
+        if 4 in block:
+            raise KeyboardInterrupt
+        return block
+
+    refuses(None, ask_ten, tmp_path / "cache", block_by=interrupt, error=KeyboardInterrupt)
+    assert "squares: 0.00 GB" in capsys.readouterr().out
+    check_ten(ask_ten(tmp_path / "cache"))
+    assert asked == BLOCKS[2:]
+    file, = (tmp_path / "cache").iterdir()
+    assert np.load(file)["x"][:, 0].tolist() == [k * k for k in range(10)]
+    content = file.read_bytes()
+    ask_ten(tmp_path / "cache", facts=1)
+    assert len(list((tmp_path / "cache").iterdir())) == 2 and asked == BLOCKS
+    for cut, left in ((-1, BLOCKS[3:]), (-30, BLOCKS[2:])):  # cut short
+        file.write_bytes(content[:cut])
+        check_ten(ask_ten(tmp_path / "cache"))
+        assert asked == left and file.read_bytes() == content
+    opened = builtins.open
+    monkeypatch.setattr(builtins, "open", lambda path, mode="r", *args, **options: (
+        raising(PermissionError(13, "Permission denied")) if set(mode) & set("wa+x") else opened
+    )(path, mode, *args, **options))
+    check_ten(ask_ten(tmp_path / "cache"))  # a colleague's, to read only
+    assert not asked and opened(file, "rb").read() == content
+    refuses("cannot write .*squares.*Permission denied", ask_ten, tmp_path / "cache", facts=2)
 
 
-def test_convert_context(context_tree, tmp_path, capsys):
-    tree, mats = context_tree
-    data.convert_context(mats, tmp_path)
-    assert "converted 2 of 2" in capsys.readouterr().out
-    train, val = (data.open_dataset("context", tmp_path, split) for split in ("train", "val"))
-    assert train.ids == ["a"] and val.ids == ["b"]
-    assert first_column(train.label(0)) == [VOID, VOID, 0, 58, VOID, 1]
-    assert first_column(val.label(0)) == [0] * H
-    assert not list(tree.rglob("*.tmp"))
-    save(tree / "SegmentationClassContext/b.png", rows(5))  # a second run leaves what is there
-    data.convert_context(mats, tmp_path)
-    assert first_column(val.label(0)) == [4] * H
+def test_a_full_disk_is_one_line_and_the_rest_is_asked_later(tmp_path):
+    refuses(None, ask_ten, tmp_path, block_by=raising(KeyboardInterrupt), error=KeyboardInterrupt)
+    file, = tmp_path.iterdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size - 10, limits[1]))
+    try:
+        refuses("cannot write .*squares", ask_ten, tmp_path, workers=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert asked == BLOCKS
+    check_ten(ask_ten(tmp_path))
+    assert asked == BLOCKS[-1:]
 
 
-@pytest.mark.parametrize("name, array, kind, message", [
-    ("LabelMap", rows(460).astype(np.uint16), {}, "c.mat: LabelMap has ids outside 0–459"),
-    ("LabelMap", np.full((H, W), np.nan), dict(mat_class=6, stored=9),
-     "c.mat: LabelMap has ids outside 0–459"),
-    ("Other", rows(4).astype(np.uint16), {}, "c.mat has no matrix LabelMap")])
-def test_matrices_that_are_no_labels(context_tree, tmp_path, name, array, kind, message):
-    mat_file(context_tree[1] / "c.mat", name, array, **kind)
-    refuses(message, data.convert_context, context_tree[1], tmp_path)
+def test_processes_share_what_is_asked(tmp_path, monkeypatch):
+    local, barrier, shared, done = threading.local(), threading.Barrier(2), [0, 0], [None] * 2
+
+    def gather(value):
+        shared[local.rank] = value
+        barrier.wait(30)
+        values = list(shared)
+        barrier.wait(30)
+        return values
+
+    def process(rank):
+        local.rank = rank
+        done[rank] = ask_ten(tmp_path, block_by=lambda block: (rank, block), workers=0)
+
+    for name, value in dict(rank=lambda: local.rank, world=lambda: 2, gather=gather).items():
+        monkeypatch.setattr(data, name, value)
+    pair = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    [thread.start() for thread in pair]
+    [thread.join(60) for thread in pair]
+    assert sorted(asked) == [(0, BLOCKS[0]), (0, BLOCKS[2]), (1, BLOCKS[1]), (1, BLOCKS[3])]
+    check_ten(done[0])
+    check_ten(done[1])
 
 
-def test_conversion_without_mats_or_lists(context_tree, tmp_path):
-    tree, mats = context_tree
-    refuses("no .mat files in", data.convert_context, tmp_path / "nowhere", tmp_path)
-    (tree / "ImageSets/Main/val.txt").unlink()
-    refuses("converted, but there is no list .*val.txt", data.convert_context, mats, tmp_path)
+def test_cached_views_are_those_of_the_first_epochs(tmp_path):
+    views = real_views()
+    cached = data.cached_views(views, 3, tmp_path, "views", {}, dict(mean=("float32", (3,))),
+                               lambda batch: dict(mean=batch["view"].float().mean((2, 3))), 2)
+    keys = [(4, 1), (2, 0), (0, 1)]
+    expected = views.batch([(1, 1), (2, 0), (0, 1)])["view"].float().mean((2, 3))
+    assert same(cached.batch(keys), dict(index=torch.tensor([1, 0, 1]), mean=expected))
+    data.cached_views(real_views(seed=4), 3, tmp_path, "views", {}, dict(mean=("float32", (3,))),
+                      lambda batch: dict(mean=batch["view"].float().mean((2, 3))), 0)
+    assert len(cached) == len(views) and len(list(tmp_path.iterdir())) == 2
 
 
-def test_main_describes_a_data_set(tmp_path, capsys):
-    voc_tree(tmp_path)
-    out = tmp_path / "sheets" / "voc.png"
+# ---- Drawing, and the command ------------------------------------------------------------------
+
+
+def test_no_two_names_look_the_same():
+    names = ("Kase Käse Köse Kåse Káse 猫 犬 кот ß é É ё 각 ø o 🐈 naïve naive").split()
+    drawn = lambda name: data.legend([(name, torch.tensor([1, 2, 3]))], 400).tobytes()
+    assert len(set(map(drawn, names))) == len(names)
+    assert drawn("Käse") == drawn("Ka\u0308se")  # however the same name is written
+
+
+def test_overlays_show_classes():
+    image, label = torch.from_numpy(RGB).movedim(-1, 0), torch.from_numpy(LABEL).long()
+    label[0] = VOID
+    shown = data.overlay(image, label, torch.tensor([(250, 0, 0), (0, 250, 0), (0, 0, 250)]).byte())
+    assert (shown.argmax(0) == label)[1:].all() and torch.equal(shown[:, 0], image[:, 0])
+    sheet = data.picture_sheet([[image, shown]] * 2, ["a", "b"], {0, 2}, ["cat", "dog", "sofa"],
+                               torch.zeros(3, 3).byte(), cell=100)
+    assert sheet.width == 218 and sheet.height > 26 + 2 * 106
+
+
+def test_the_command_describes_a_data_set(tmp_path, capsys):
+    voc_tree(tmp_path, dict(train="a\nb", val="a"))
+    out = tmp_path / "sheets/voc.png"
     run(data.main, "--dataset", "voc", "--data-root", tmp_path, "--out", out)
     said = capsys.readouterr().out
     assert "voc train: 2 images, 2 labels, 20 classes" in said and "height: 6 to 6" in said
-    lines = {line[:28].strip(): line[28:].split() for line in said.splitlines()}
-    assert lines["0 airplane"] == lines["19 tv monitor"] == ["50.00", "50.00"]
-    assert lines["void, of all pixels"] == ["66.67", "66.67"]
-    with Image.open(out) as sheet:
-        assert sheet.mode == "RGB" and sheet.width > 900
+    lines = [line.split() for line in said.splitlines()]
+    assert lines.count(["0", "airplane", "50.00"]) == lines.count(["19", "tv", "monitor", "50.00"]) == 2
+    assert said.count("66.67") == 2  # void
+    assert Image.open(out).mode == "RGB" and Image.open(out).width > 480
 
 
-def test_main_without_labels_and_with_one_split(tmp_path, capsys):
+def test_the_command_without_labels_and_without_a_split(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for n in range(15):
-        photo(tmp_path / f"{n}.jpg", 10 + n, 20)
-    photo(tmp_path / "leftImg8bit/val/bonn/1_leftImg8bit.png")
-    options = ("--data-root", tmp_path, "--out", tmp_path / "sheets/s.png")
-    run(data.main, "--dataset", "folder", "--classes", "cat, dog", "--limit", 5, *options)
-    run(data.main, "--dataset", "cityscapes", *options)
+        picture(f"{n}.jpg", (20, 10 + n))
+    picture("leftImg8bit/val/bonn/1_leftImg8bit.png")
+    for _ in range(2):  # its own contact sheet is no photograph the second time
+        run(data.main, "--dataset", "folder", "--data-root", ".", "--classes", "cat", "--limit", 5)
+        said = capsys.readouterr().out
+        assert "folder: 16 images, no labels, 1 classes" in said and "per cent" not in said
+    run(data.main, "--dataset", "cityscapes", "--data-root", ".")
     said = capsys.readouterr().out
-    assert "folder: 16 images, no labels, 2 classes" in said and "per cent" not in said
-    assert "one split cannot be opened: no cityscapes" in said
-    assert "cityscapes val: 1 images, no labels" in said
-
-
-@pytest.mark.parametrize("error, said", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "a smaller --batch"),
-    (MemoryError(), "out of memory"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't "
-                  "allocate memory: you tried to allocate 9 bytes"), "a smaller --batch"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
-    (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "fewer --workers"),
-    (OSError(28, "No space left on device", "x.pt"), "cannot write x.pt: No space left"),
-    (PermissionError(13, "Permission denied", "x.pt"), "cannot use x.pt: Permission denied"),
-    (OSError("not a file's"), None),
-    (RuntimeError("shapes cannot be multiplied"), None)])
-def test_what_a_user_can_mend_is_one_line(error, said, capsys):
-    refuses(None, data.clean_exit(raising(error)), error=SystemExit if said else type(error))
-    err = capsys.readouterr().err
-    assert err == "" if said is None else err.startswith("error: ") and err.count("\n") == 1
-    assert said is None or said in err
-
-
-def test_fingerprints_tell_images_apart(tmp_path):
-    for folder, size in (("a", 4), ("b", 4), ("c", 9)):
-        for name in "xy":
-            save(tmp_path / folder / f"{name}.bmp", np.zeros((size, size, 3)))
-    name = lambda folder: data.open_dataset("folder", tmp_path / folder, classes=["cat"])
-    a, b, c = (name(folder).fingerprint for folder in "abc")
-    assert a == b != c
-    (tmp_path / "a/x.bmp").unlink()
-    assert name("a").fingerprint not in (b, c)
-    shapes = {data.open_dataset("shapes", split=split, seed=seed).fingerprint
-              for split in ("train", "val") for seed in (0, 1)}
-    assert len(shapes) == 4
-
-
-def archive(path, *members):
-    """A tar or zip file of empty files, (name, target of a link or None)."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as file:
-            for name, _ in members:
-                file.writestr(name, "")
-        return
-    with tarfile.open(path, "w") as file:
-        for name, target in members:
-            member = tarfile.TarInfo(name)
-            member.type = tarfile.SYMTYPE if target else tarfile.REGTYPE
-            member.linkname = target or ""
-            file.addfile(member)
-
-
-@pytest.mark.parametrize("name", ["voc", "ade"])  # a tar and a zip file
-def test_archives_are_unpacked_whole_or_not_at_all(tmp_path, monkeypatch, name):
-    for place in ("torch.hub.download_url_to_file", "torchvision.datasets.utils.download_url"):
-        monkeypatch.setattr(place, raising(OSError("network is unreachable")))
-    refuses(rf"downloading {name} into .*unreachable\)?;.*try again", data.download, name, tmp_path)
-    url, _, tree = data.DOWNLOADS[name]
-    assert all(url.startswith("https://") for url, _, _ in data.DOWNLOADS.values())
-    path = tmp_path / url.rpartition("/")[2]
-    archive(path, (f"{tree}/a.txt", None), (f"{tree}/b.txt", None))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(data.DOWNLOADS, name, (url, digest, tree))
-    (tmp_path / f"{path.name}.part").mkdir()  # an earlier try was killed
-    data.download(name, tmp_path)  # finds the archive, whose hash is right
-    assert sorted(p.name for p in (tmp_path / tree).iterdir()) == ["a.txt", "b.txt"]
-    assert not list(tmp_path.glob("*.part"))
-    path.write_bytes(b"")
-    data.download(name, tmp_path)  # the tree is there: nothing to do
-    shutil.rmtree(tmp_path / tree)
-    refuses(f"downloading {name} into", data.download, name, tmp_path)  # the hash is wrong
-
-
-@pytest.mark.parametrize("suffix, members", [
-    (".tar", [("../out.txt", None)]), (".tar", [("/tmp/out-of-the-archive.txt", None)]),
-    (".tar", [("link", "../.."), ("link/out.txt", None)]), (".tar", [("link", "/etc")]),
-    (".zip", [("../out.txt", None)]), (".zip", [("/out-of-the-archive.txt", None)])])
-def test_archives_cannot_write_outside(tmp_path, suffix, members):
-    root = tmp_path / "a" / "root"
-    root.mkdir(parents=True)
-    path = root / f"bad{suffix}"
-    archive(path, *members, ("tree/x.txt", None))
-    before = set(tmp_path.rglob("*"))
-    with contextlib.suppress(tarfile.TarError):
-        data.unpack(path, root, "tree")
-    assert all(p.is_relative_to(root / "tree") or p.is_relative_to(root / f"bad{suffix}.part")
-               for p in set(tmp_path.rglob("*")) - before)
-    assert not any(Path(place, "out-of-the-archive.txt").exists() for place in ("/", "/tmp"))
+    assert "no cityscapes" in said and "cityscapes val: 1 images, no labels" in said

@@ -561,8 +561,8 @@ def recipe(dataset, preset="release", method="reclip++", **given):
     s = ALWAYS | dict(zip(columns, values)) | (DEMO_ONLY if row == "shapes" else {})
     s["bias"], s["decoder"], s["sign"] = *METHODS[method], -1
     s["hypothesis"] = {"reclip++": "crops", "maskclip": "none"}.get(method, "global")
-    s["mask_temperature"] = 0.001 if method == "reclip" else 0.01  # τ1
     s |= given
+    s["mask_temperature"] = 0.01 if s["decoder"] else 0.001  # τ1
     if row == "shapes":
         # Behind a decoder softer masks: sharp ones make a class die now and then. Without one, τ1
         # is below the distance of a patch's best two cosines, 0.06 to 0.09.
@@ -991,13 +991,14 @@ def pick_device(name=None):
     which each has a device of its own and only the first prints. Raises UserError for a device that
     is not there.
     """
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else
-                                   "mps" if torch.backends.mps.is_available() else "cpu"))
     backend = "gloo"
-    if dist.is_torchelastic_launched() and device.type == "cuda":
-        # plain values go by way of the CPU: no GPU has to finish for them
-        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
     try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else
+                                       "mps" if torch.backends.mps.is_available() else "cpu"))
+        if dist.is_torchelastic_launched() and device.type == "cuda":
+            # plain values go by way of the CPU: no GPU has to finish for them
+            backend = "cpu:gloo,cuda:nccl"
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:80]}; "
@@ -1183,7 +1184,7 @@ def parse_arguments(argv):
     flag("--sigma", type=positive, help="of naclip: how near is near, in patches")
     flag("--hypothesis", choices=("crops", "global"))
     flag("--crop-ratio", type=share, help="r: side of a window relative to the image's")
-    flag("--threshold", type=positive, help="t, or for global on 100·cosine")
+    flag("--threshold", type=float, help="t, or for global on 100·cosine")
     flag("--top", type=count, help="for global: how many classes if none passes")
     flag("--epochs", type=count, help="stop after")
     flag("--schedule", type=count, help="epochs of the learning rate's schedule")
@@ -1225,8 +1226,8 @@ def settings_of(args):
             (s.batch < world(), f"--batch {s.batch}: {world()} processes need an image each"),
             (s.crop_ratio < 0.02, f"--crop-ratio {s.crop_ratio}: expected 0.02 to 1"),
             (s.schedule < s.epochs, f"--schedule {s.schedule}: training has {s.epochs} epochs"),
-            (s.hypothesis == "crops" and s.threshold >= 1, f"--threshold {s.threshold}: of crops "
-             "a share, below 1"),
+            (not 0 <= s.threshold < (1 if s.hypothesis == "crops" else 100), "--threshold "
+             f"{s.threshold}: expected a share of the crops, or for global less than 100"),
             (s.views and s.tune_encoder, "--tune-encoder needs --views 0: it changes what CLIP "
              "says of a view"),
             ((s.method == "maskclip") != (s.bias == "none" and not s.decoder), "without bias and "

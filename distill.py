@@ -31,9 +31,9 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, Parser, TrainingViews, User
                   user_path, world)
 from reclip import (PAPER, ROWS, Decoder, PositionLogits, Run, best_name, checkpoint_in, classify,
                     contrastive_loss, gumbel_masks, gumbel_noise, head_denoising, interpolation,
-                    label_map, leave_processes, load_checkpoint, make_hypotheses, masked_pooling,
-                    network_facts, one_first, open_rectified, parallel, passed_on, pick_device,
-                    plain, prompt_denoising, resized_positions, to_device, use_amp, views_on)
+                    label_map, load_checkpoint, make_hypotheses, masked_pooling, network_facts,
+                    one_first, open_rectified, parallel, passed_on, pick_device, plain,
+                    prompt_denoising, resized_positions, to_device, use_amp, views_on)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -637,4 +637,3 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    leave_processes()

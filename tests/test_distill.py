@@ -1,8 +1,10 @@
-"""distill.py: student against torchvision and teacher, losses, training, and every error."""
+"""distill.py: student against torchvision and teacher, losses against plain ones, and training."""
 
+import copy
+import functools
 import os
+import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,347 +12,289 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch.testing import assert_close
-from torch.utils.data import default_collate
 
 import data
 import distill
+import evaluate
 import reclip
-from conftest import golden, interrupt, normal, raising, refuses, results, run, same, save
+from conftest import SmallShapes, golden, json_lines, normal, raising, refuses, results, run, same
 from data import VOID
 
-# ---- Teachers and students, small --------------------------------------------------------------
-
-@pytest.fixture(scope="module", autouse=True)
-def small_recipe():
-    """The recipe of VOC at the size of the test's images, and a student of one-block stages."""
+@pytest.fixture(scope="module")
+def teachers(trained_demo, tmp_path_factory):
+    """Checkpoints of every method on the small demo, by its name."""
+    found = {"reclip++": trained_demo / "reclip.pt"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(reclip.PAPER, "voc", ((48, 48), 48, 2, 2, 2, 0.01, None))
-        patch.setitem(distill.STUDENTS, "small", dict(blocks=(1, 1), width=8, dilations=(1, 2)))
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Five training images in VOC's layout, one of them also for validation, with labels."""
-    root = tmp_path_factory.mktemp("voc")
-    tree, lists = root / "VOCdevkit/VOC2012", root / "VOCdevkit/VOC2012/ImageSets/Segmentation"
-    images, labels = data.draw_shapes(list(range(5)), **data.TARGET)[:2]
-    for i in range(5):
-        height = 96 - 10 * i  # not all of one shape, so that some views need padding
-        save(tree / f"JPEGImages/2011_{i}.jpg", images[i, :, :height].permute(1, 2, 0))
-        save(tree / f"SegmentationClass/2011_{i}.png", (labels[i, :height].long() + 1) % 256)
-    lists.mkdir(parents=True)
-    for split, count in (("train", 5), ("val", 1)):
-        (lists / f"{split}.txt").write_text("".join(f"2011_{i}\n" for i in range(count)))
-    return root
-
-
-@pytest.fixture(scope="module")
-def teachers(root, tmp_path_factory):
-    """The checkpoints of two epochs of every method, by its name."""
-    out = tmp_path_factory.mktemp("teachers")
-    for method in ("reclip++", "reclip", "maskclip"):
-        run(reclip.main, "--dataset", "voc", "--data-root", root, "--method", method, "--out",
-            out / method, "--workers", 0, "--surgery", "value", "--clip", "shapes-tiny",
-            "--crop-ratio", 0.5, "--threshold", 0.1, "--mask-temperature", 0.1, "--scale", 48, 48,
-            "--crop", 48, "--epochs", 2, "--batch", 2)
-    return {path.name: path / "reclip.pt" for path in out.iterdir()}
+        patch.setattr(data, "Shapes", SmallShapes)
+        for method in ("reclip", "maskclip"):
+            found[method] = tmp_path_factory.mktemp(method) / "reclip.pt"
+            run(reclip.main, "--method", method, "--out", found[method].parent, "--epochs", 1)
+    return found
 
 
 @pytest.fixture
-def teach(teachers, tmp_path):
-    """teach(out, *options, method=…) → the checkpoint of a student of two epochs, six steps."""
-
+def teach(teachers, small_demo, tmp_path):
+    """teach(out, *options, method=…) → the state of a student of two epochs, four steps."""
     def teach(out, *options, method="reclip++"):
-        run(distill.main, "--teacher", teachers[method], "--out", tmp_path / out, "--workers", 0,
-            "--student", "small", "--backbone", "none", "--epochs", 2, "--batch", 2, *options)
-        return torch.load(tmp_path / out / "distill.pt", weights_only=True)
+        run(distill.main, "--teacher", teachers[method], "--out", tmp_path / out, "--epochs", 2,
+            *options)
+        return reclip.load_checkpoint(tmp_path / out / "distill.pt")["state"]
 
     return teach
 
 
 def student_of(teacher, *options):
-    """An untrained student, its teacher and four views."""
+    """An untrained student, its teacher and four views, which end within a patch."""
     teacher = distill.find_teacher(teacher)[0]
-    s = distill.settings_of(distill.parse_arguments(
-        ["--student", "small", "--backbone", "none", *options]), teacher)
-    views = (255 * normal(4, 3, 48, 40).sigmoid()).to(torch.uint8)
+    s = distill.settings_of(distill.parse_arguments(options), teacher)
+    views = (255 * normal(4, 3, 68, 60).sigmoid()).to(torch.uint8)
     return distill.make_student(s, teacher, "cpu"), teacher, views
 
 
-# ---- DeepLabV2 and the inherited head ----------------------------------------------------------
+HEADS = [("reclip++", "inherit"), ("reclip", "query+bias"), ("maskclip", "inherit")]
 
-def test_plain_backbone_is_torchvisions():
-    torch.manual_seed(0)
+
+@torch.no_grad()
+def test_backbones_of_torchvision_and_open_mmlab(tmp_path):
     theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
-    theirs.avgpool = theirs.fc = torch.nn.Identity()
-    ours, images = distill.ResNet(stem="plain").eval(), torch.randn(1, 3, 65, 49)
-    distill.load_backbone(ours, theirs.state_dict(), "torchvision")
-    assert ours(images).shape == (1, 2048, 9, 7)
-    assert_close(ours(images).flatten(1), theirs(images))
+    wrapped = {f"backbone.{k}": v for k, v in golden("deeplabv2")["backbone"].items()}  # width 4
+    for name, state in (("plain", theirs.state_dict()), ("deep", {"state_dict": wrapped})):
+        torch.save(state, tmp_path / name)
+        state, stem = distill.pretrained_backbone(str(tmp_path / name))
+        network = distill.ResNet(stem=stem, width=dict(plain=64, deep=4)[name]).eval()
+        distill.load_backbone(network, state, name)
+        # All is there, running statistics too; only the counters of batches may be missing.
+        loaded = network.state_dict()
+        assert stem == name and set(state) <= set(loaded)
+        assert all(torch.equal(loaded[k], state[k]) for k in loaded if "num_batches" not in k)
+        other = distill.ResNet((3, 4, 5, 3), stem)
+        message = refuses(f"{name}.*--student", distill.load_backbone, other, state, name)
+        assert "\n" not in message and len(message) < 400
+        if name == "plain":
+            images, theirs.avgpool, theirs.fc = normal(1, 3, 65, 49), *2 * [torch.nn.Identity()]
+            assert_close(network(images).flatten(1), theirs(images))
 
 
-@pytest.mark.parametrize("depth, stem", [("resnet50", "deep"), ("resnet101", "deep"),
-                                         ("resnet50", "plain")])
-def test_published_layouts_load(depth, stem, tmp_path):
-    """Random weights with the keys and shapes of a published file, made without distill.py."""
-    state = getattr(torchvision.models, depth)(weights=None).state_dict()
-    if stem == "deep":  # golden/deeplabv2 has Open-MMLab's keys; there the widths are 1/16
-        state = {key: value for key, value in state.items() if key.startswith(("layer", "fc"))}
-        for key, value in golden("deeplabv2")["backbone"].items():
-            channels = [n if n == 3 else 16 * n for n in value.shape[:2]]
-            if key.startswith("stem"):
-                state[key] = torch.empty(*channels, *value.shape[2:])
-            elif depth == "resnet50":
-                assert list(state[key].shape[:2]) == channels
-    state = {k: torch.randn(v.shape) if v.is_floating_point() else v for k, v in state.items()}
-    wrapped = {"meta": {}, "state_dict": {f"backbone.{k}": v for k, v in state.items()}}
-    path = tmp_path / "weights.pth"
-    torch.save(wrapped if depth == "resnet50" else state, path)
-    read, found = distill.pretrained_backbone(str(path), depth)
-    assert found == stem
-    network = distill.DeepLabV2(8, stem=found, **distill.STUDENTS[depth])
-    distill.load_backbone(network.backbone, read, path)
-    loaded = network.backbone.state_dict()
-    # All is there, running statistics too; only the counters of batches may be missing.
-    assert all(torch.equal(loaded[k], state[k]) for k in loaded if k in state)
-    assert all("num_batches" in key for key in set(loaded) - set(state))
-    assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
-    if depth == "resnet50" and stem == "deep":
-        read = {k: v for k, v in read.items() if "num" not in k}
-        refuses("255 missing, first layer3.6.conv1.weight", distill.load_backbone,
-                distill.ResNet((3, 4, 23, 3)), read, path)
-        refuses("1 left over, first extra", distill.load_backbone, network.backbone,
-                read | {"extra": torch.ones(1)}, path)
+@torch.no_grad()
+@pytest.mark.parametrize("method, head", HEADS[:2] + [("maskclip", "learned")])
+def test_a_student_is_exported_for_any_size(teachers, method, head):
+    student, _, views = student_of(teachers[method], "--head", head)
+    student.eval()
+    free = dict(images=dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO))
+    exported = torch.export.export(student, (views,), dynamic_shapes=free).module()
+    ways = copy.deepcopy(student), pickle.loads(pickle.dumps(student)), exported
+    for images in (views, views[:2, :, :41, :50], views.repeat(2, 1, 2, 1)):
+        for way in ways:
+            assert_close(way(images), student(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method, kind", [("reclip++", "inherit"), ("reclip", "query+bias"),
-                                          ("maskclip", "inherit")])
-def test_the_head_does_with_the_teachers_features_what_the_teacher_does(teachers, method, kind):
-    student, teacher, views = student_of(teachers[method], "--head", kind)
+@pytest.mark.parametrize("method, head", HEADS)
+def test_the_head_does_with_the_teachers_features_what_the_teacher_does(teachers, method, head):
+    # The teacher projects p after resizing it, the head resizes what was projected.
+    student, teacher, views = student_of(teachers[method], "--head", head)
+    views = F.pad(views, (0, 4, 0, 4))  # whole patches, so that both grids cover the same
     features = teacher.encode(views)  # on a grid that is not CLIP's own
-    logits = student.eval().head(features, (48, 40))
+    logits = student.eval().head(features, (72, 64))
     assert_close(logits, teacher.logits(features)[1], rtol=1e-4, atol=1e-5)
 
 
+def test_what_covers_patches_is_read_at_the_cells_centres():
+    x = 16 * torch.arange(5) + 8.0  # of each patch the place of its centre, in pixels
+    ramp = distill.resample(x[:, None] + 1000 * x, 16, (70, 65), (9, 5))
+    rows, columns = (((torch.arange(n) + 0.5) * side / n).clamp(8, 72)
+                     for n, side in ((9, 70), (5, 65)))
+    assert_close(ramp, rows[:, None] + 1000 * columns)
+
+
 def test_heads_of_the_ablations(teachers):
-    for method, kind, names in (("reclip++", "query", "Wq"), ("reclip++", "query+bias", "Wq Wr Wp"),
+    for method, head, names in (("reclip++", "query", "Wq"), ("reclip++", "query+bias", "Wq Wr Wp"),
                                 ("reclip", "inherit", "Wq Wr"), ("maskclip", "inherit", "Wq")):
-        head = student_of(teachers[method], "--head", kind)[0].head
-        assert list(head.state_dict()) == names.split()
+        student = student_of(teachers[method], "--head", head)[0]
+        assert list(student.head.state_dict()) == names.split()
     refuses("needs a teacher with a bias", student_of, teachers["maskclip"], "--head", "query+bias")
-    student, _, views = student_of(teachers["reclip"])
+    student, teacher, views = student_of(teachers["reclip"])
     Z = F.normalize(student(views)[0], dim=1)
-    expected = reclip.classify(Z, student.head.Wq) - reclip.classify(Z, student.head.Wr)
-    assert_close(student(views)[1], expected)
+    for student.head.sign in (-1, 1):
+        W = teacher.rectifier.Wq + student.head.sign * teacher.Wr
+        assert_close(student(views)[1], torch.einsum("bdhw,cd->bchw", Z, W))
 
 
-# ---- The losses --------------------------------------------------------------------------------
-
-def test_upsampling_by_matrices():
-    x, y = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 33, 20)
-    up = distill.upsample(x, (33, 20))
-    assert_close(up, F.interpolate(x, (33, 20), mode="bilinear"))
-    assert_close((up * y).sum(), (x * distill.to_cells(y, (5, 7))).sum())
+upsampled = functools.partial(F.interpolate, size=(41, 33), mode="bilinear")
 
 
-@pytest.mark.parametrize("grid", [(6, 5), (4, 3)])
-def test_feature_loss_is_the_distance_between_upsampled_features(grid):
-    Z, Z_hat = torch.randn(2, 7, *grid), torch.randn(2, 7, 6, 5, requires_grad=True)
-    valid = torch.rand(2, 41, 33) > 0.3
-    up = lambda x: F.interpolate(x, (41, 33), mode="bilinear")
-    expected = ((up(Z) - up(Z_hat)).abs().mean(1) * valid).sum() / valid.sum()
+def labels_with_void(C):
+    labels = torch.randint(C, (2, 41, 33), generator=torch.Generator().manual_seed(0))
+    return labels.where(normal(2, 41, 33) > -0.6, VOID)
+
+
+def test_mask_loss():
+    logits, labels = normal(2, 4, 6, 5), labels_with_void(4)
+    pixels = [-upsampled(logits)[b, :, i, j].log_softmax(0)[labels[b, i, j]]
+              for b, i, j in (labels != VOID).nonzero().tolist()]
+    assert_close(distill.mask_loss(logits, labels), torch.stack(pixels).mean())
+    assert distill.mask_loss(logits, torch.full_like(labels, VOID)) == 0
+
+
+@pytest.mark.parametrize("D, grid", [(7, (6, 5)), (7, (4, 3)), (401, (4, 3))])
+def test_feature_loss_is_the_distance_between_upsampled_features(D, grid):
+    Z, Z_hat = normal(2, D, *grid), normal(2, D, 6, 5, seed=1).requires_grad_()
+    valid = normal(2, 41, 33) > -0.5
+    expected = ((upsampled(Z) - upsampled(Z_hat)).abs().mean(1) * valid).sum() / valid.sum()
     loss = distill.feature_loss(Z, Z_hat, valid)
     assert_close(loss, expected)
     assert_close(*(torch.autograd.grad(x, Z_hat)[0] for x in (loss, expected)))
+    assert distill.feature_loss(Z, Z_hat, valid & False) == 0
 
 
 def test_text_loss_pools_pixels():
-    Z_hat, Wq = F.normalize(torch.randn(2, 7, 6, 5), dim=1), torch.randn(4, 7)
-    labels = torch.randint(4, (2, 41, 33)).where(torch.rand(2, 41, 33) > 0.2, VOID)
-    hypothesis, tau = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]).bool(), 0.1
-    up, total = F.interpolate(Z_hat, (41, 33), mode="bilinear"), 0.0
+    Z_hat, Wq, labels = F.normalize(normal(2, 7, 6, 5), dim=1), normal(4, 7), labels_with_void(4)
+    hypothesis, tau, total = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]).bool(), 0.1, 0.0
     for k in (0, 2):
-        pooled = (up[0] * (labels[0] == k)).mean((1, 2))
+        pooled = (upsampled(Z_hat)[0] * (labels[0] == k)).mean((1, 2))
         total += F.cross_entropy(Wq @ pooled / tau, torch.tensor(k)) / 2
     masks = distill.label_masks(labels, 4, (6, 5))
     assert_close(distill.text_loss(Z_hat, masks, Wq, hypothesis, tau), total / 2)
 
 
-def test_losses_of_shares_are_those_of_the_whole():
-    Z, Z_hat, logits = torch.randn(3, 4, 7, 6, 5).unbind()
-    labels = torch.randint(7, (4, 41, 33)).where(torch.rand(4, 41, 33) > 0.3, VOID)
-    labels[3] = VOID  # the share of a process that has no image left
-    count = (labels != VOID).sum() / 2  # the mean of two processes
+def test_text_masks_are_the_students_where_there_are_labels():
+    logits, Z_hat, Wq, noise = *normal(2, 1, 7, 6, 5), normal(7, 7), normal(1, 7, 6, 5, seed=1)
+    labels = torch.zeros(1, 6, 5, dtype=torch.int64)
+    labels[:, :2] = VOID
 
-    def losses(part, *count):
-        return torch.stack([
-            distill.mask_loss(logits[part], labels[part], *count),
-            distill.feature_loss(Z[part], Z_hat[part], labels[part] != VOID, *count)])
+    def text(labels, noise, classes):
+        present = None if classes is None else torch.arange(7)[None] < classes
+        return distill.distillation_losses(logits, Z_hat, None, labels, Wq, [1] * 7, present,
+                                           noise, ["text"], 0.1)["text"]
 
-    shares = losses(slice(0, 1), count) + losses(slice(1, 4), count)
-    assert_close(shares / 2, losses(slice(0, 4)))
-    assert losses(slice(3, 4)).tolist() == [0, 0]  # without a pixel
+    own = (logits / 0.01 + noise).argmax(1).where(labels != VOID, VOID)
+    assert_close(text(labels, noise, 3), text(own, None, 3))
+    assert_close(text(labels, noise, None), text(labels, noise, 1))  # the labels hold class 0 alone
+    assert not torch.isclose(text(labels, noise, 3), text(labels, None, 3))
 
 
 @pytest.mark.parametrize("name", distill.LOSSES)
 def test_every_loss_reaches_the_backbone_and_nothing_inherited(teachers, name):
     student, teacher, views = student_of(teachers["reclip++"])
-    Z, labels = distill.teach(teacher, views, torch.tensor([[48, 40]] * 4))
+    Z, labels = distill.teach(teacher, views, torch.tensor([[68, 60]] * 4))
     Z_hat, logits = student.train()(views)
+    assert not student.head.training and student.network.training
     losses = distill.distillation_losses(logits, Z_hat, Z, labels, student.head.Wq,
                                          teacher.rectifier.names, losses=[name])
-    assert list(losses) == [name]
     losses[name].backward()
     for part in (student.network.backbone, student.network.aspp):
-        assert all(p.grad.isfinite().all() for p in part.parameters())
-        assert sum(p.grad.abs().sum() for p in part.parameters()) > 0
-    assert not any(p.requires_grad or p.grad is not None for p in student.head.parameters())
-    assert not any(b.requires_grad for b in student.head.buffers())
-    frozen = [*teacher.rectifier.parameters(), *teacher.model.parameters(), teacher.Wr, Z]
-    assert not any(p.requires_grad for p in frozen)
+        assert 0 < sum(p.grad.abs().sum() for p in part.parameters()) < torch.inf
+    frozen = [*student.head.parameters(), *student.head.buffers(), *teacher.model.parameters(),
+              *teacher.rectifier.parameters(), teacher.Wr, Z]
+    assert not any(tensor.requires_grad for tensor in frozen)
 
 
-def test_padding_and_uncertain_pixels_are_ignored(teachers):
+def test_means_over_processes_are_those_over_all_pixels(monkeypatch):
+    Z, Z_hat, logits, labels = *normal(3, 2, 7, 6, 5).unbind(), labels_with_void(7)
+    labels[1, 9:] = VOID
+
+    def losses(*part):
+        found = distill.distillation_losses(*part, None, [1], losses=["mask", "feature"])
+        return torch.stack([*found.values()])
+
+    whole, count = losses(logits, Z_hat, Z, labels), (labels != VOID).sum()
+    monkeypatch.setattr(distill, "world", lambda: 2)
+    monkeypatch.setattr(distill.dist, "all_reduce", lambda pixels: pixels.copy_(count))
+    parts = zip(*(x.split(1) for x in (logits, Z_hat, Z, labels)))
+    assert_close(sum(losses(*part) for part in parts) / 2, whole)
+
+
+def test_padding_is_ignored(teachers):
     _, teacher, views = student_of(teachers["reclip++"])
-    sizes = torch.tensor([[48, 40], [30, 40], [48, 11], [1, 1]])
+    sizes = torch.tensor([[68, 60], [30, 40], [48, 11], [1, 1]])
     Z, labels = distill.teach(teacher, views, sizes)
-    assert Z.shape == (4, 64, 6, 5) and labels.shape == (4, 48, 40)
     for label, (h, w) in zip(labels, sizes.tolist()):
-        assert (label[:h, :w] < 20).all() and (label != VOID).sum() == h * w
-    some = distill.teach(teacher, views, sizes, ignore_below=0.95)[1]
-    assert torch.equal(some[some != VOID], labels[some != VOID])
-    assert 0 < (some != VOID).sum() < (labels != VOID).sum()
-    # prompt denoising that leaves one class leaves one label
+        assert (label[:h, :w] < 10).all() and (label != VOID).sum() == h * w
     assert len(distill.teach(teacher, views[:1], sizes[:1], pd=1.0)[1].unique()) == 1
 
 
 def test_void_follows_the_view(monkeypatch):
-    def label(index):
-        coins = torch.where(normal(9, 14, seed=index) > 0, VOID, 3)
-        return coins.repeat_interleave(6, 0).repeat_interleave(6, 1)
-
-    dataset = data.open_dataset("shapes")
-    monkeypatch.setattr(dataset, "label", label)  # images show what labels leave out
-    monkeypatch.setattr(dataset, "image", lambda index: (
-        (label(index) == VOID).to(torch.uint8).mul(255).expand(3, -1, -1)))
+    coins = normal(9, 14).repeat_interleave(6, 0).repeat_interleave(6, 1) > 0
+    dataset = data.open_dataset("shapes")  # its images show what its labels leave out
+    monkeypatch.setattr(dataset, "label", lambda index: torch.where(coins, VOID, 3))
+    monkeypatch.setattr(dataset, "image", lambda index: 255 * coins.byte().expand(3, -1, -1))
     views = distill.ViewsWithGroundTruthVoid(dataset, (60, 60), 40, (0.5, 2.0), False, 5)
-    for epoch in range(8):
-        item = views[epoch, epoch % 2]
-        assert torch.equal(item["void"], item["view"][0] > 127)
-        h, w = item["size"]
-        assert 0.2 < item["void"][:h, :w].float().mean() < 0.8
+    batch = views.batch([(epoch, epoch % 2) for epoch in range(8)])
+    assert torch.equal(batch["void"], batch["view"][:, 0] > 127)
+    for void, (h, w) in zip(batch["void"], batch["size"].tolist()):
+        assert 0.2 < void[:h, :w].float().mean() < 0.8
 
-
-# ---- Training ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", ["reclip++", "reclip", "maskclip"])
 def test_training(teachers, teach, method, tmp_path, monkeypatch):
     student, _, views = student_of(teachers[method])
-    checkpoint = teach("run", method=method)
-    state = checkpoint["state"]
-    assert checkpoint["kind"] == "distill" and checkpoint["finished"] and checkpoint["step"] == 6
-    inherited = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
-    assert same(inherited, student.head.state_dict())
-    learned = state["network.backbone.conv1.weight"]
-    assert not torch.equal(learned, student.network.backbone.conv1.weight)
+    state, before = teach("run", method=method), student.state_dict()
+    assert all(same(state[key], before[key]) == key.startswith("head.") for key in state)
+    row = json_lines(tmp_path / "run" / "log-distill.jsonl")[-1]
+    weights = dict(mask=1, feature=0.5, text=0.5) if method != "maskclip" else dict(mask=1)
+    assert set(row) == {"step", "lr", "loss", *weights}
+    assert row["loss"] == pytest.approx(sum(weights[k] * row[k] for k in weights), abs=1e-5)
+    assert row["lr"] == pytest.approx(3e-3 * 0.5**0.9)
     assert "distilled" in results(tmp_path / "run")
     # A student stands on its own: without CLIP, and without its teacher.
     monkeypatch.setattr(reclip.clip, "load", None)
     alone = distill.load_student(tmp_path / "run" / "distill.pt")
     student.load_state_dict(state)
-    logits = alone(views)[1]
-    assert logits.shape == (4, 20, 6, 5) and alone.classes == data.CLASSES["voc"]
-    assert torch.equal(logits, student.eval()(views)[1])
+    assert alone.classes == [*data.SHAPES]
+    assert torch.equal(alone(views)[1], student.eval()(views)[1])
 
 
-@pytest.mark.parametrize("options", [(), (
-    "--text-masks", "teacher", "--head", "learned", "--losses", "text,mask", "--pd", "0.1",
-    "--ignore-below", "0.9"), ("--views", "1")])
-def test_interrupted_and_resumed_is_uninterrupted(teach, tmp_path, monkeypatch, options):
-    whole = teach("whole", *options)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 4)
-        refuses("130", teach, "parts", *options, error=SystemExit)
-    assert torch.load(tmp_path / "parts" / "distill.pt", weights_only=True)["step"] == 3
-    assert same(whole["state"], teach("parts", *options)["state"])
-    assert same(whole["state"], teach("parts", *options)["state"])  # finished: nothing to do
-    refuses("^2$", teach, "parts", *options, "--lr", 0.02, error=SystemExit)
+def test_every_option_is_heeded(teach, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "main", lambda argv: None)
+    seen = [teach("usual")]
+    for n, options in enumerate((
+            ("--text-masks", "teacher"), ("--losses", "feature, mask"), ("--pd", 0.5),
+            ("--head", "query"), ("--seed", 5), ("--use-ground-truth-void",), ("--views", 1),
+            ("--views", 0), ("--lr", 1e-5))):
+        state = teach(str(n), *options)
+        assert not any(same(state, other) for other in seen), options
+        seen.append(state)
+    assert json_lines(tmp_path / str(n) / "log-distill.jsonl")[-1]["lr"] == 1e-4  # the floor
 
 
-def test_no_label_is_opened_but_on_request(root, teach, tmp_path, monkeypatch, capsys):
-    expected = teach("labelled")
-    dropped = teach("void", "--use-ground-truth-void")
-    assert dropped["settings"]["use_ground_truth_void"]
-    assert not same(expected["state"], dropped["state"])
-    bare = shutil.copytree(root, tmp_path / "bare")
-    shutil.rmtree(bare / "VOCdevkit" / "VOC2012" / "SegmentationClass")
-    monkeypatch.setattr(data, "read_label", None)  # opening one would fail
-    assert same(expected["state"], teach("unlabelled", "--data-root", bare)["state"])
-    for options, message in ((("--use-ground-truth-void",), "has no training labels"),
-                             (("--data-root", "nowhere"), "nowhere")):
-        refuses("^2$", teach, "no", "--data-root", bare, *options, error=SystemExit)
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "no" / "distill.pt").exists()
-
-
-def test_views_are_asked_about_once(teachers, teach, tmp_path, monkeypatch, capsys):
-    # Asked about two blocks, each of what one epoch has of five images; the second is interrupted.
-    answers = [distill.teach, raising(KeyboardInterrupt), distill.teach]
-    options = ("--views", 2, "--epochs", 4, "--cache", tmp_path)
-    file = tmp_path / "views-distill.npy"
-    with monkeypatch.context() as patch:
-        patch.setattr(distill, "teach", lambda *arguments: answers.pop(0)(*arguments))
-        refuses("130", teach, "a", *options, error=SystemExit)
-        assert (np.load(file)["checksum"] != 0).tolist() == [True] * 5 + [False] * 5
-        expected = teach("a", *options)
-    records = np.load(file)
-    assert records.shape == (2 * 5,)
-    assert records["view"].shape[1:] == (3, 48, 48) and records["labels"].dtype == np.uint8
-    # They are what the teacher says of the views of the first two epochs.
-    teacher, s = distill.find_teacher(teachers["reclip++"])[0], expected["settings"]
-    views = data.TrainingViews(data.open_dataset("voc", s["data_root"]), (48, 48), 48)
-    for k, i in ((0, 3), (1, 0)):
-        record, batch = records[5 * k + i], default_collate([views[k, i]])
-        view = data.photometric_distortion(batch["view"], batch["colours"])
-        Z, labels = distill.teach(teacher, view, batch["size"], s["pd"])
-        assert np.array_equal(record["view"], view[0]) and not torch.equal(view, batch["view"])
-        assert record["size"].tolist() == batch["size"][0].tolist()
-        assert (record["labels"] == labels[0].numpy()).mean() > 0.99
-        assert_close(torch.from_numpy(record["Z"]).float(), Z[0], rtol=2e-3, atol=2e-3)
+def test_views_are_asked_about_once(teachers, teach, tmp_path, monkeypatch):
+    monkeypatch.setitem(distill.DEMO, "distort", True)
+    monkeypatch.setitem(distill.DEMO, "ratio", (0.5, 2.0))
+    expected = teach("a", "--cache", tmp_path)
+    records, = map(np.load, tmp_path.glob("views-distill-*.npy"))
+    # They are what the teacher says of the views of the first two epochs, 24 each.
+    teacher, views = student_of(teachers["reclip++"])[1], data.open_dataset("shapes")
+    batch = data.TrainingViews(views, (96, 96), 96).batch([(0, 3), (1, 0)])
+    view = data.photometric_distortion(batch["view"], batch["colours"])
+    Z, labels = distill.teach(teacher, view, batch["size"])
+    rows = records[[3, 24]]
+    assert len(records) == 48 and np.array_equal(rows["size"], batch["size"])
+    assert np.array_equal(rows["view"], view)
+    assert (rows["labels"] == labels.numpy()).mean() > 0.99
+    assert_close(torch.tensor(rows["Z"].tolist()), Z, rtol=2e-3, atol=2e-3)
     monkeypatch.setattr(distill, "teach", None)  # another run asks nothing
-    assert same(expected["state"], teach("b", *options)["state"])
-    refuses("^2$", teach, "c", *options, "--pd", 0.5, error=SystemExit)
-    assert "views-distill.json was made with other settings" in capsys.readouterr().err
+    assert same(expected, teach("b", "--cache", tmp_path))
 
 
 def test_newest_teacher(teachers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refuses("run python reclip.py first", distill.find_teacher, None)
     for n, method in enumerate(("reclip", "reclip++", "maskclip")):  # the last is not rectified
-        copy = shutil.copytree(teachers[method].parent, f"runs/{method}")
-        os.utime(f"{copy}/reclip.pt", (n, n))
-    for named in (None, Path("runs/reclip++")):
-        assert distill.find_teacher(named)[1] == Path("runs/reclip++/reclip.pt")
+        folder = shutil.copytree(teachers[method].parent, f"runs/{method}")
+        os.utime(f"{folder}/reclip.pt", (n, n))
+    assert str(distill.find_teacher(None)[1]) == "runs/reclip++/reclip.pt"
 
 
-# ---- Mistakes ----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("change, message", [
-    (None, "no checkpoint"), (dict(finished=False), "is not finished; repeat"),
-    (dict(kind="distill"), "is a student")])
-def test_wrong_teachers(teachers, tmp_path, change, message):
-    path = tmp_path / "reclip.pt"
-    if change:
-        torch.save(torch.load(teachers["reclip++"], weights_only=True) | change, path)
-    refuses(message, distill.find_teacher, path)
-    refuses("is not a student's checkpoint", distill.load_student, teachers["reclip++"])
+def test_mistakes(teachers, small_demo, monkeypatch, mistake):
+    monkeypatch.setattr(SmallShapes, "has_labels", property(lambda self: False, lambda *_: None))
+    command = distill.main, "--teacher", teachers["reclip++"], "--use-ground-truth-void"
+    assert "no training labels" in mistake(*command)
+    refuses("is not a student's", distill.load_student, teachers["reclip++"])
 
 
 def test_failed_downloads_and_foreign_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url",
                         raising(OSError("no route to host")))
-    load, path = distill.pretrained_backbone, tmp_path / "weights.pth"
-    refuses("cannot download https://.*resnet101.*--backbone none", load, "imagenet", "resnet101")
-    torch.save(torch.ones(3), path)
-    refuses("not a state dict: .*takes the weights of a ResNet", load, str(path))
+    refuses("https://.*resnet101.*no route", distill.pretrained_backbone, "imagenet", "resnet101")
+    torch.save(torch.ones(3), tmp_path / "ones.pth")
+    for name in ("ones.pth", "missing.pth"):
+        refuses(f"{name}.*--backbone", distill.pretrained_backbone, str(tmp_path / name))

@@ -98,9 +98,6 @@ def refuses(message, function, *args, error=data.UserError, **options):
     return str(caught.value)
 
 
-# ---- CLIP --------------------------------------------------------------------------------------
-
-
 def random_clip(seed=0, **changes):
     """A frozen CLIP of random weights, patches of 16 pixels; no number in it is negligible."""
     torch.manual_seed(seed)
@@ -153,9 +150,6 @@ class Bomb:
 
     def __reduce__(self):
         return exec, ("open('ran', 'w').write('code')",)
-
-
-# ---- Data --------------------------------------------------------------------------------------
 
 
 def save(path, pixels, mode=None):
@@ -235,9 +229,6 @@ def demo(small_demo, tmp_path):
         return tmp_path / out
 
     return demo
-
-
-# ---- Commands ----------------------------------------------------------------------------------
 
 
 def run(main, *arguments):

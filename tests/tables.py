@@ -16,6 +16,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill  # noqa: E402
@@ -211,13 +213,13 @@ def markdown(tables, runs, args):
 
 def sensitivity_figure(tables):
     """Fig. 3, of its two tables: mIoU against t and r, and that of global hypotheses; PIL."""
-    panels, point = [], lambda x, row: (x, row["mean"], row["sd"] or 0)
-    for *rows, last in (table["rows"] for table in tables):
+    sheet, point = Image.new("RGB", (940, 400)), lambda x, row: (x, row["mean"], row["sd"] or 0)
+    for left, (*rows, last) in zip((0, 470), (table["rows"] for table in tables)):
         xs = [float(row["label"].split()[-1]) for row in rows]
         lines = {"hypotheses of crops": [*map(point, xs, rows)],
                  last["label"]: [point(xs[i], last) for i in (0, -1)]}
-        panels.append(evaluate.chart(lines, xs, rows[0]["label"].split()[0], width=470, height=400))
-    return evaluate.beside(panels)
+        sheet.paste(evaluate.chart(lines, xs, rows[0]["label"].split()[0], 470, 400), (left, 0))
+    return sheet
 
 
 @clean_exit

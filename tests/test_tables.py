@@ -48,11 +48,11 @@ def test_all_of_it_in_small(small_demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "RECTIFIED", {"maskclip": "--method maskclip", "reclip++":
                                               "--epochs 1", "global": "--hypothesis global"})
     monkeypatch.setattr(tables, "DISTILLED", {"reclip++-mask": ("reclip++", "--losses mask")})
-    monkeypatch.setitem(tables.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=()))
+    monkeypatch.setitem(tables.SWEEPS, "shapes", dict(threshold=(0.24,), crop_ratio=(1.0,)))
     monkeypatch.setitem(distill.DEMO, "epochs", 1)
-    for seeds, left in (([0], 5), ([0, 1], 5), ([0, 1], 0)):
+    for seeds, left in (([0], 6), ([0, 1], 6), ([0, 1], 0)):
         made = run(tables.main, "--out", tmp_path, "--seeds", *seeds)
-        assert f"{5 * len(seeds)} runs, {left} of them" in capsys.readouterr().out
+        assert f"{6 * len(seeds)} runs, {left} of them" in capsys.readouterr().out
     assert json.loads((tmp_path / "tables.json").read_text()) == json.loads(json.dumps(made))
     maskclip, rectified, distilled = made[0]["rows"]
     assert (maskclip["n"], maskclip["papers"], maskclip["mean"]) == (

@@ -120,14 +120,14 @@ def clean_exit(main):
     That is a UserError, what the system refuses, and too little memory."""
 
     @functools.wraps(main)
-    def wrapper(argv=None):
-        if argv is None and main.__module__ != "__main__":
-            argv = []  # sys.argv is that of the notebook or web server that calls
+    def wrapper(*args):
+        if not args and main.__module__ != "__main__":
+            args = [[]]  # sys.argv is that of the notebook or web server that calls
         if hasattr(sys.stdout, "reconfigure"):  # "→" where the terminal's encoding has none
             sys.stdout.reconfigure(errors="backslashreplace")
         say_once.cache_clear()
         try:
-            result = main(argv)
+            result = main(*args)
             print(end="", flush=True)  # here it shows if nobody reads on
             return result
         except BrokenPipeError:

@@ -560,7 +560,8 @@ def recipe(dataset, preset="release", method="reclip++", **given):
     values = DEMO if row == "shapes" else {"release": RELEASE, "paper": PAPER}[preset][row]
     s = ALWAYS | dict(zip(columns, values)) | (DEMO_ONLY if row == "shapes" else {})
     s["bias"], s["decoder"], s["sign"] = *METHODS[method], -1
-    s["hypothesis"] = {"reclip++": "crops", "maskclip": "none"}.get(method, "global")
+    s["hypothesis"] = {"reclip++": "crops", "maskclip": "none"}.get(
+        method, "crops" if row == "shapes" else "global")  # which serve ReCLIP better on the demo
     s |= given
     s["mask_temperature"] = 0.01 if s["decoder"] else 0.001  # τ1
     if row == "shapes":
@@ -714,14 +715,6 @@ def interpolation(n, padded, view, size, device):
     return F.interpolate(weights, size, mode="linear")[0].T
 
 
-@functools.lru_cache(64)
-def pixel_blocks(matrix, block):
-    """(first, end) pixel of every block of a side, and (first, end) of the cells that it needs."""
-    parts = [(i, min(i + block, len(matrix))) for i in range(0, len(matrix), block)]
-    used = [matrix[first:end].amax(0).nonzero()[:, 0].tolist() for first, end in parts]
-    return [(*part, cells[0], cells[-1] + 1) for part, cells in zip(parts, used)]
-
-
 def label_map(logits, padded, view, size):
     """Class of every pixel: logits upsampled (bilinear) to the network's input, then to the label.
 
@@ -737,14 +730,23 @@ def label_map(logits, padded, view, size):
     cell = max(map(math.ceil, (size[0] / logits.shape[2], size[1] / logits.shape[3])))
     block = min(max(2 * cell, 64), 128) if logits.device.type == "cpu" else 1024
     labels = torch.empty(len(logits), *size, dtype=torch.int64, device=logits.device)
+
+    def parts(matrix):
+        """Of every block of a side: the cells that it needs, and their weights."""
+        for weights in matrix.split(block):
+            used = weights.amax(0).nonzero()[:, 0].tolist()
+            cells = slice(used[0], used[-1] + 1)
+            yield cells, weights[:, cells]
+
+    down, across = list(parts(rows)), list(parts(columns))
     for one, label in zip(logits, labels):
-        for top, bottom, a, b in pixel_blocks(rows, block):
-            for left, right, c, d in pixel_blocks(columns, block):
-                cells = one[:, a:b, c:d]
+        for (a, row_weights), strip in zip(down, label.split(block)):
+            for (b, column_weights), part in zip(across, strip.split(block, 1)):
+                cells = one[:, a, b]
                 lowest = cells.amin((1, 2)).max()
                 possible = (cells.amax((1, 2)) >= lowest).nonzero()[:, 0]
-                upsampled = rows[top:bottom, a:b] @ cells[possible] @ columns[left:right, c:d].T
-                label[top:bottom, left:right] = possible[upsampled.max(0)[1]]
+                upsampled = row_weights @ cells[possible] @ column_weights.T
+                part.copy_(possible[upsampled.max(0)[1]])
     return labels
 
 

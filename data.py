@@ -343,7 +343,8 @@ def _class_lines(text, where):
     cells = [cell.strip() for cell in re.split("[\t,]", header)]
     column = next((k for k, cell in enumerate(cells) if cell in ("name", "class")), None)
     if len(cells) > 1 and column is not None:
-        lines = [line.split("\t" if "\t" in header else ",")[column] for line in lines[1:]]
+        cut = "\t" if "\t" in header else ","
+        lines = [next(iter(line.split(cut)[column:]), line) for line in lines[1:]]
     heads = [re.match(r"\s*(?:\d+[\s,:.)]+)*", line)[0] for line in lines]
     numbers = [[int(number) for number in re.findall(r"\d+", head)] for head in heads]
     if (numbers == [[k + sum(numbers[0])] for k in range(len(lines))]
@@ -433,8 +434,10 @@ def read_image(path, turn=True):
 
 
 def _orientation(image):
-    """EXIF orientation of an opened PIL image, 1 to 8; of a TIFF 1, as Pillow turns it itself."""
-    return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+    """EXIF orientation of an opened PIL image, 1 to 8."""
+    if image.format == "TIFF":
+        image.load()  # which turns it
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def image_size(path, turn=True):

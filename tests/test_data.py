@@ -74,8 +74,8 @@ def test_what_a_user_can_mend_is_one_line(error, said, capsys):
 
 
 def test_a_reader_that_leaves_is_no_traceback():
-    code = ("import data\n@data.clean_exit\ndef main():\n    while True:\n        print('line')\n"
-            "main()")
+    code = ("import data\n@data.clean_exit\ndef main(argv=None):\n    while True:\n"
+            "        print('line')\nmain()")
     command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, cwd=REPOSITORY)
     command.stdout.read(1)

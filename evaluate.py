@@ -41,7 +41,9 @@ from reclip import (SURGERIES, RectifiedCLIP, authors_method, authors_state, bes
 # ------------------------------------------------------------------------------------------------
 # Scores, and bias scores (ReCLIP++, Sec. IV-C and Table VII)
 
-BINS = 5  # of the distance from the centre: 0–0.2, 0.2–0.4, … 0.8–1
+# Of the distance from the centre: 0–0.2, 0.2–0.4, … 0.8–1. Few: the mean slope between equal bins
+# is that from the first to the last, and as reliable as these two.
+BINS = 5
 
 
 def confusion_matrix(prediction, label, C, place=None, places=1):
@@ -101,9 +103,7 @@ def distance_bins(label, objects, bins=BINS):
 
 def distance_curve(confusions):
     """mIoU per bin, in per cent, over the classes whose objects lie there; None for an empty bin.
-
-    confusions: int64 bins×C×C, of `confusion_matrix` with `distance_bins` as places.
-    """
+    confusions: int64 bins×C×C, of `confusion_matrix` with `distance_bins` as places."""
     found = [(scores(m)["iou"], m.sum(1).nonzero()[:, 0].tolist()) for m in confusions]
     return [sum(iou[k] for k in there) / len(there) if there else None for iou, there in found]
 
@@ -111,8 +111,6 @@ def distance_curve(confusions):
 def space_preference(curve):
     """Mean slope ΔmIoU / Δdistance of a distance curve between neighbouring non-empty bins, mIoU as
     a fraction; higher is better, 0 is no preference for the centre. None for fewer than two bins.
-
-    Between equal bins it is the slope from first to last, as reliable as these: hence wide bins.
     """
     points = [((i + 0.5) / len(curve), m / 100) for i, m in enumerate(curve) if m is not None]
     slopes = [(m - l) / (b - a) for (a, l), (b, m) in zip(points, points[1:])]
@@ -227,9 +225,9 @@ class Segmenter:
             stages, padded = self.stages(part.flip(3) if mirrored else part)
             for name, (_, logits) in stages.items():
                 logits = F.interpolate(logits, padded, mode="bilinear")[..., :h, :w]
-                logits = logits.flip(3) if mirrored else logits
                 total = sums.setdefault(name, logits.new_zeros(*logits.shape[:2], H, W))
-                total[:, :, top : top + h, left : left + w] += logits
+                total[:, :, top : top + h, left : left + w] += (
+                    logits.flip(3) if mirrored else logits)
             times[top : top + h, left : left + w] += 1
         return {name: total / times for name, total in sums.items()}
 
@@ -249,11 +247,8 @@ class Segmenter:
 
     @torch.no_grad()
     def __call__(self, views, images, only=None, sure=False):
-        """{name: int64 B×H×W} for uint8 views B×3×h×w of images B×3×H×W.
-
-        only: one of the names, for its map alone, in a pair with the probability of `most_likely`
-        if that is asked for (sure), else None.
-        """
+        """{name: int64 B×H×W} for uint8 views B×3×h×w of images B×3×H×W; or, for `only` one of the
+        names, a pair: its map and, if one is to be `sure`, the `most_likely` probability."""
         outputs, padded = self.logits(views)
         view, size, maps = views.shape[2:], images.shape[2:], {}
         if self.presence:
@@ -489,10 +484,8 @@ def linear_probe(segment, data, device, epochs=60, workers=0, seed=0, batch=2048
 
 
 def comparison(segmenters, data, device, count=5):
-    """Image, truth and predictions, where they are scored, of `count` images (Fig. 5).
-
-    segmenters: pairs of a Segmenter and {stage of it: heading}.
-    """
+    """Image, truth and predictions, where they are scored, of `count` images (Fig. 5). segmenters:
+    pairs of a Segmenter and {stage of it: heading}."""
     rows, present = [], set()
     for i in evenly(len(data), count):
         image, label = data.image(i), data.label(i)
@@ -512,9 +505,9 @@ def comparison(segmenters, data, device, count=5):
 def heatmaps(segment, data, device, count=3, cell=136):
     """The parts of the bias (Fig. 4; ReCLIP, Fig. 3) in `count` images, evenly spaced.
 
-    segment: a Segmenter of a checkpoint with a bias. Query and Reference logits, Z·Wqᵀ and Z·Wrᵀ,
-    the bias Mb, M and Mo: the class that each prefers, and below, blue for low and yellow for high,
-    the logits of the class of which MaskCLIP misses the most, whose true region is outlined.
+    segment: a Segmenter of a checkpoint with a bias. Logits, from blue (low) to yellow (high), of
+    the class of which MaskCLIP misses the most, whose true region is outlined: of Query and
+    Reference, Z·Wqᵀ and Z·Wrᵀ, the bias Mb, rectified and decoded, M and Mo.
     """
     network, rows, present = segment.network, [], set()
     rectifier, Wr = network.rectifier, network.Wr
@@ -528,24 +521,23 @@ def heatmaps(segment, data, device, count=3, cell=136):
                 "rectified": Mq + rectifier.sign * Mb}
         maps |= {"decoded": Mo} if segment.settings.decoder else {}
         padded = [side * network.patch for side in Z.shape[2:]]
-        for name, x in maps.items():
-            x = F.interpolate(x, padded, mode="bilinear")[..., :h, :w]
-            maps[name] = F.interpolate(x, label.shape, mode="bilinear")[0].cpu()
-        masks = [x.argmax(0).where(label != VOID, VOID) for x in maps.values()]
-        present |= set(torch.stack([label, *masks]).unique().tolist()) - {VOID}
-        k = int(label[(label != VOID) & (label != masks[0])].bincount(minlength=1).argmax())
+        said = label_map(Mq, padded, (h, w), label.shape)[0].cpu()
+        k = int(label[(label != VOID) & (label != said)].bincount(minlength=1).argmax())
         inside = (label == k).float()[None]
-        outline, heat = F.max_pool2d(inside, 5, 1, 2) > inside, []
-        for x in (x[k] for x in maps.values()):
+        outline = F.max_pool2d(inside, 5, 1, 2) > inside
+        rows.append([image, overlay(image, label, data.palette)])
+        present |= set(label.unique().tolist()) - {VOID}
+        for x in maps.values():
+            x = F.interpolate(x[:, k : k + 1], padded, mode="bilinear")[..., :h, :w]
+            x = F.interpolate(x, label.shape, mode="bilinear")[0, 0].cpu()
             x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-12)
-            heat.append((255 * torch.stack([x, x**2, 1 - x])).byte().masked_fill(outline, 255))
-        truth, *masks = [overlay(image, mask, data.palette) for mask in (label, *masks)]
-        rows += [[image, *masks], [truth, *heat]]
-    return picture_sheet(rows, ["", *maps], present, data.classes, data.palette, cell)
+            x = torch.stack([x, x**2, 1 - x]).masked_fill(outline, 1)
+            rows[-1].append((255 * x).to(torch.uint8))
+    return picture_sheet(rows, ["image", "truth", *maps], present, data.classes, data.palette, cell)
 
 
 def confusion_figure(confusions, classes, colours):
-    """Confusion matrices side by side (Fig. 1 b): rows, true classes, as shares of their pixels, from
+    """Confusion matrices side by side (Fig. 1 b): rows, true classes, as shares of their pixels,
     white to blue. confusions: {title: int64 C×C}; colours: uint8 C×3, beside rows and columns."""
     pictures = []
     for confusion in confusions.values():
@@ -600,19 +592,17 @@ def find_images(paths):
     that is taken (photo.png beside photo.jpg, another folder's photo.jpg) with it, or a number.
     Raises UserError for a path that is not there and an empty folder.
     """
-    images, used = [], set()
+    images = {}
     for path in paths:
         inside = list_folder(path, PHOTOS) if path.is_dir() else [path.name] * path.exists()
         if not inside:
-            raise UserError(f"--images: no images in {path}; expected {', '.join(PHOTOS)}"
-                            if path.is_dir() else f"--images: no file or folder {path}")
+            raise UserError(f"--images: no file {path}, or no images in it ({', '.join(PHOTOS)})")
         for i in inside:
             stem = os.path.splitext(i)[0]
             ways = itertools.chain([stem, i], (f"{stem}-{n}" for n in itertools.count(2)))
-            name = next(way for way in ways if way not in used)
-            used.add(name)
-            images.append((path / i if path.is_dir() else path, name))
-    return images
+            name = next(way for way in ways if way not in images)
+            images[name] = path / i if path.is_dir() else path
+    return [(file, name) for name, file in images.items()]
 
 
 def predict(segment, stage, images, out, device, workers=0, confidence=False, unknown_below=0.0):
@@ -624,9 +614,8 @@ def predict(segment, stage, images, out, device, workers=0, confidence=False, un
                          255, no class, where its probability is less than unknown_below,
     overlays/NAME.png    the classes in colour on the image, 420 to 1000 pixels, with a legend,
     confidence/NAME.png  if asked for, the `most_likely` probability of every pixel, 0…255 in grey,
-    classes.json         the C names,
-    predictions.jsonl    a line for every file: what was made of it, the per cent of its pixels that
-                         each class has, and its mean confidence.
+    classes.json         their names, C,
+    predictions.jsonl    a line a file: per cent of the pixels, mean confidence of each class.
     """
     names, failed, lines = [*map(called, segment.classes)], [], []
     known, progress = out / "classes.json", Progress("predict", len(images))
@@ -650,34 +639,33 @@ def predict(segment, stage, images, out, device, workers=0, confidence=False, un
             failed.append(str(path))
             line["error"] = view
         else:
-            masks, sure = segment(view[None].to(device), image[None].to(device), stage,
-                                  confidence or unknown_below > 0)
+            mask, sure = segment(view[None].to(device), image[None].to(device), stage,
+                                 confidence or unknown_below > 0)
             if unknown_below:
-                masks[sure < unknown_below] = VOID
+                mask[sure < unknown_below] = VOID
             line |= dict(stage=stage) | write_prediction(
-                out, name, image, masks[0].cpu(), names, segment.settings.dataset,
-                sure[0].cpu() if confidence else None)
+                segment, out, name, image, mask[0].cpu(), sure[0].cpu() if confidence else None)
         lines.append(json.dumps(line) + "\n")
         progress.advance()
     progress.close()
     write_text(out / "predictions.jsonl", "".join(lines))
     print(printable(f"{len(images) - len(failed)} images ({stage}) → {out}/"))
     if failed:
-        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
         raise UserError(f"{len(failed)} of {len(images)} images could not be read: "
-                        + ", ".join(failed[:5]) + more)
+                        + ", ".join(failed[:5]) + ", …" * (len(failed) > 5))
 
 
-def write_prediction(out, name, image, mask, names, dataset, sure):
-    """The files of one image, as `predict` says; returns what its line says of them. image: uint8
-    3×H×W; mask: int64 H×W; dataset: whose colours; sure: H×W, the confidence, or None."""
+def write_prediction(segment, out, name, image, mask, sure):
+    """The files of one image, as `predict` says; returns what its line says of them.
+    image: uint8 3×H×W; mask: int64 H×W; sure: H×W, the confidence, or None."""
     def save(folder, picture):
         path = out / folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_picture(picture, path)
         return f"{folder}/{name}.png"
 
-    C, pixels, colours = len(names), mask.flatten(), dataset_palette(dataset, len(names))
+    names, C, pixels = [*map(called, segment.classes)], len(segment.classes), mask.flatten()
+    colours = dataset_palette(segment.settings.dataset, C)
     counts = pixels.bincount(minlength=256)[:C]
     area = 100 * counts / len(pixels)
     order = [k for k in area.argsort(descending=True).tolist() if counts[k] > 0]
@@ -715,13 +703,13 @@ def open_segmenter(args, path, device):
     elif given:
         raise UserError(f"{' and '.join(given)}: what {path} was trained with cannot be changed "
                         "afterwards")
-    pd = {None: "recipe", 0: None}.get(args.pd, args.pd)
-    segment = Segmenter(network, device, args.clip, pd, args.slide, args.flip,
-                        use_amp(args.amp, device), pamr_size=args.pamr_size or "view")
+    segment = Segmenter(network, device, args.clip, {None: "recipe", 0: None}.get(args.pd, args.pd),
+                        args.slide, args.flip, use_amp(args.amp, device))
     s, segment.path, segment.folder = segment.settings, path, folder
     if args.pamr is not None:
         steps, dilations = PAMR.get(s.dataset, NACLIP_PAMR)
         segment.pamr = args.pamr or steps, tuple(args.dilations or dilations)
+        segment.pamr_size = args.pamr_size or "view"
     if args.presence:
         asked = witness(segment, path, device, args.clip)
         segment.presence = args.presence, *asked, args.crop_ratio or s.crop_ratio
@@ -766,8 +754,7 @@ def parse_arguments(argv):
     """The command line as a namespace; what is not given is None."""
     parser = Parser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--checkpoint", type=user_path, nargs="+", help="files, or folders of runs: distill.pt in "
-         "them, else reclip.pt (default: the newest under runs/)")
+    flag("--checkpoint", type=user_path, nargs="+", help="or folders of runs (default: newest)")
     flag("--dataset", help="default: the one it was trained on")
     flag("--data-root", type=user_path, help="default: where it was trained")
     flag("--labels", type=user_path, help="for folder: the labels of its images, ID.png")
@@ -777,43 +764,37 @@ def parse_arguments(argv):
     flag("--pd", type=share, help="prompt denoising (default: the recipe's; 0: none)")
     flag("--slide", type=count, nargs=2, metavar=("WINDOW", "STRIDE"), help="in windows, in pixels")
     flag("--flip", action="store_true", help="mean of the logits of a view and its mirror image")
-    flag("--presence", type=positive, metavar="A", help="add A times the log of how likely CLIP "
-         "finds each class in crops of the image")
+    flag("--presence", type=positive, metavar="A", help="weight of what CLIP sees in crops")
     flag("--crop-ratio", type=share, help="side of these crops (default: the recipe's r)")
     flag("--pamr", type=count, nargs="?", const=0, metavar="STEPS", help="masks refined by the "
-         "image, too (default: 10 steps, on the demo 4)")
-    flag("--dilations", type=count, nargs="+", help="of PAMR (default: 8 16, on the demo 1 2 4 8)")
+         "image, too (default: 10 steps, dilations 8 16; on the demo 4 and 1 2 4 8)")
+    flag("--dilations", type=count, nargs="+", help="of PAMR, in pixels")
     flag("--pamr-size", choices=("view", "image"), help="where PAMR works (default: view)")
     flag("--count-absent", action="store_true", help="classes without a pixel count as IoU 0")
     flag("--hypotheses", action="store_true", help="precision and recall of those in training")
     flag("--bias", action="store_true", help="class-preference and space-preference scores")
-    flag("--figures", action="store_true", help="comparison.png, heatmaps.png, confusion.png and "
-         "distance.png, of the checkpoints given, or of both in a folder")
+    flag("--figures", action="store_true", help="of the checkpoints given, or both in a folder")
     flag("--linear-probe", action="store_true", help="NOT unsupervised: train a linear classifier "
          "of the frozen features with the ground truth of the training images")
-    flag("--out", type=user_path, help="folder of results (default: the checkpoint's, for --images "
-         "predictions/ in it)")
+    flag("--out", type=user_path, help="default: the checkpoint's; of --images predictions/ there")
     flag("--workers", type=natural, help="threads that read images (default: as in training)")
     flag("--device", help="default: cuda, else mps, else cpu")
     flag("--amp", action=argparse.BooleanOptionalAction, help="bf16 encoders (default: on a GPU)")
-    flag = parser.add_argument_group("your own images").add_argument
     flag("--images", type=user_path, nargs="+", metavar="PATH", help="files and folders to predict "
          "masks of. One that cannot be read is named on stderr, and the exit code is 2")
     flag("--confidence", action="store_true", help="the probability of every pixel's class as well")
     flag("--unknown-below", type=share, metavar="P", help="255, no class, where it is less than P")
     flag("--method", choices=("maskclip",), help="show the Query's masks, without rectification")
-    flag("--classes", help='with --method maskclip, without a checkpoint: "cat, dog, sofa", or a '
-         "text file, one class a line, further names of it after commas")
-    flag = parser.add_argument_group("what no checkpoint of ours tells").add_argument
+    flag("--classes", help='with --method maskclip and no checkpoint: "cat, dog", or a text file')
+    flag = parser.add_argument_group("where no checkpoint of ours tells").add_argument
     flag("--surgery", choices=tuple(SURGERIES), help="with --classes: CLIP's last block")
     flag("--sigma", type=positive, help="of naclip, in patches")
     flag("--activation", choices=("quick_gelu", "gelu"), help="that --clip was trained with")
     flag("--heads", type=count, help="of its image encoder, where its sizes do not tell")
-    flag("--preset", choices=("release", "paper"), help="that a file of the authors belongs to "
-         "(default: release, for ReCLIP paper)")
+    flag("--preset", choices=("release", "paper"), help="that a file of the authors belongs to")
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
-    for one, other in dict(dilations="pamr", pamr_size="pamr", crop_ratio="presence", sigma="surgery",
+    for one, other in dict(dilations="pamr", pamr_size="pamr", crop_ratio="presence",
                            confidence="images", unknown_below="images", method="images",
                            classes="method").items():
         if one in given and other not in given:
@@ -845,11 +826,11 @@ def assess(segment, data, args, device, bins):
             raise UserError(f"--linear-probe: {data.name} has no training labels")
         same = set(truth.ids) == set(data.ids)
         print("The linear probe is trained with ground truth: supervised, by definition"
-              + (", and here on the very images that it is scored on." if same else "."))
+              + ", and here on the very images that it is scored on" * same + ".")
         probe = linear_probe(segment, truth, device, workers=args.workers)
         probed = evaluate(probe, data, s.scale, device, args.workers)
-    ways = dict(slide=args.slide, flip=args.flip, presence=args.presence)
-    ways |= dict(crop_ratio=segment.presence[-1]) if args.presence else {}
+    ways = dict(slide=args.slide, flip=args.flip, presence=args.presence,
+                crop_ratio=segment.presence and segment.presence[-1])
     for stage, confusion in (confusions | probed).items():
         result = scores(confusion.view(-1, *confusion.shape[-2:]).sum(0), args.count_absent)
         result["iou"] = dict(zip(map(called, data.classes), result["iou"]))
@@ -881,14 +862,13 @@ def assess(segment, data, args, device, bins):
 
 
 def draw_figures(shown, data, results, confusions, device, out):
-    """Write comparison.png, heatmaps.png, confusion.png and distance.png into a folder. shown: pairs
-    of a Segmenter and {stage: name}; results, confusions: by name."""
+    """Write comparison.png, heatmaps.png, confusion.png and distance.png into a folder.
+    shown: pairs of a Segmenter and {stage: name}; results, confusions: by name."""
     figures, totals, lines = dict(comparison=comparison(shown, data, device)), {}, {}
-    for segment, _ in shown:
-        if "maskclip" in segment.names and segment.settings.bias != "none":
-            name = "heatmaps" + f"-{segment.folder.name}" * ("heatmaps" in figures)
-            figures[name] = heatmaps(segment, data, device)
-    if "heatmaps" not in figures:
+    biased = [one for one, _ in shown if "maskclip" in one.names and one.settings.bias != "none"]
+    for n, one in enumerate(biased):
+        figures["heatmaps" + f"-{one.folder.name}" * (n > 0)] = heatmaps(one, data, device)
+    if not biased:
         print("no heatmaps.png: it needs MaskCLIP's masks and a bias logit map")
     for name, confusion in confusions.items():
         slope = results[name]["space_preference"]
@@ -950,17 +930,14 @@ def main(argv=None):
     bins, shown, confusions, results = BINS if args.bias or args.figures else 0, [], {}, {}
     for segment, title in zip(segmenters, titles):
         found, own = assess(segment, data, args, device, bins)
-        names = {}  # of its stages, unlike those of other checkpoints; MaskCLIP's is often the same
-        for stage in own:
-            same = stage == "maskclip" and found[stage].equal(confusions.get(stage, found[stage]))
-            names[stage] = f"{title} {stage}" if several and not same else stage
-        drawn = {stage: names[stage] for stage in segment.names if names[stage] not in confusions}
-        shown.append((segment, drawn))
-        confusions |= {name: found[stage] for stage, name in drawn.items()}
-        named = {names[stage]: result for stage, result in own.items()}
+        name = lambda stage: f"{title} {stage}" if several else stage
+        shown.append((segment, {stage: name(stage) for stage in segment.names}))
+        confusions |= {name(stage): found[stage] for stage in segment.names}
+        named = {name(stage): result for stage, result in own.items()}
         results |= named
         best = max(segment.names, key=lambda stage: own[stage]["miou"])
-        for line in doubts(found[best].view(-1, *[len(data.classes)] * 2).sum(0), data.classes):
+        total = found[best].view(-1, *found[best].shape[-2:]).sum(0)
+        for line in doubts(total, [*map(called, data.classes)]):
             say_once(printable(line))
         if rank() == 0:
             save_results((args.out or segment.folder) / "results.json", named if args.out else own)

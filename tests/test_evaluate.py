@@ -1,7 +1,12 @@
-"""evaluate.py against plain loops and by hand: scores, whole images and windows, biases, probes."""
+"""evaluate.py against plain loops and by hand: scores, biases, PAMR, windows, mirrors, what is in a
+picture, probes, figures; and masks of one's own images, from files to folders and back."""
 
+import json
 import math
+import os
 import shutil
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +17,15 @@ from torch.testing import assert_close
 
 import data
 import evaluate
-import maps
 import reclip
-from conftest import normal, refuses, results, run, same
-from data import VOID, connected_regions
-from evaluate import class_preference, class_shares, confusion_matrix, scores, space_preference
+from conftest import golden, json_lines, normal, picture, random_clip, refuses, results, run, same, save
+from data import VOID
+from evaluate import Segmenter, confusion_matrix, most_likely, scores
 
 CPU = torch.device("cpu")
 
 
-def pixels(*shape, seed=0):
+def levels(*shape, seed=0):
     return (255 * normal(*shape, seed=seed).sigmoid()).to(torch.uint8)
 
 
@@ -31,238 +35,78 @@ def random_labels(*shape, C=4, void=0.2, seed=0):
     return labels.masked_fill(torch.rand(shape, generator=generator) < void, VOID)
 
 
-def plain_confusion(said, label):
-    return torch.tensor([[((label == t) & (said == p)).sum() for p in range(4)] for t in range(4)])
+def plain_confusion(said, label, C=4):
+    return torch.tensor([[((label == t) & (said == p)).sum() for p in range(C)] for t in range(C)])
 
+
+@pytest.fixture(scope="module")
+def segment(trained_demo):
+    return Segmenter(trained_demo / "reclip.pt")
+
+
+# ---- Scores --------------------------------------------------------------------------------------
 
 def test_confusion_matrix_and_scores_against_sets_of_pixels():
-    prediction, label = random_labels(2, 20, 50, void=0), random_labels(2, 20, 50, seed=1)
-    expected, iou = plain_confusion(prediction, label), []
-    assert torch.equal(confusion_matrix(prediction, label, 4), expected)
-    assert torch.equal(confusion_matrix(prediction.byte(), label.byte(), 4), expected)
-    assert confusion_matrix(prediction, torch.full_like(label, VOID), 4).sum() == 0
+    said, label = random_labels(2, 20, 50, void=0), random_labels(2, 20, 50, seed=1)
+    expected, iou = plain_confusion(said, label), []
+    assert torch.equal(confusion_matrix(said, label, 4), expected)
+    assert torch.equal(confusion_matrix(said.byte(), label.byte(), 4), expected)
+    assert confusion_matrix(said, torch.full_like(label, VOID), 4).sum() == 0
+    place = random_labels(2, 20, 50, C=3, void=0, seed=2)  # a matrix for each place
+    for n, matrix in enumerate(confusion_matrix(said, label, 4, place.byte(), 3)):
+        assert torch.equal(matrix, plain_confusion(said, label.where(place == n, VOID)))
     for k in range(4):
-        is_k, says_k = label == k, (prediction == k) & (label != VOID)
+        is_k, says_k = label == k, (said == k) & (label != VOID)
         iou.append(100 * (is_k & says_k).sum().item() / (is_k | says_k).sum().item())
     result = scores(expected)
-    assert result["iou"] == pytest.approx(iou)
-    assert result["miou"] == pytest.approx(sum(iou) / 4)
-    right = (prediction == label)[label != VOID].double()
+    assert result["iou"] == pytest.approx(iou) and result["miou"] == pytest.approx(sum(iou) / 4)
+    right = (said == label)[label != VOID].double()
     assert result["pixel_accuracy"] == pytest.approx(100 * right.mean().item())
 
 
-@pytest.mark.parametrize("count_absent, counted", [(False, 3), (True, 4)])
-def test_absent_classes_both_ways(count_absent, counted):
+def test_absent_classes_both_ways():
     # Class 2 occurs nowhere; class 3 is predicted but never true, so it counts with an IoU of 0.
     confusion = torch.tensor([[6, 2, 0, 0], [0, 3, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
-    result = scores(confusion, count_absent)
-    assert result["iou"] == [100 * 6 / 8, 100 * 3 / 6, None, 0.0]
-    assert result["miou"] == pytest.approx(125 / counted)
-    assert result["pixel_accuracy"] == pytest.approx(100 * 9 / 12)
+    for count_absent, counted in ((False, 3), (True, 4)):
+        result = scores(confusion, count_absent)
+        assert result["iou"] == [100 * 6 / 8, 100 * 3 / 6, None, 0.0]
+        assert result["miou"] == pytest.approx(125 / counted)
 
 
-@pytest.mark.parametrize("pd, kept", [(0.3, {0, 1, 2}), (0.4, {0, 1}), (0.6, {0}), (0.9, {0}),
-                                      (0, {0, 1, 2}), (None, {0, 1, 2})])
-def test_prompt_denoising_by_hand(pd, kept):
-    # Two patches, three classes; softmax over the classes of logits / 0.1.
-    probabilities = torch.tensor([[0.70, 0.25, 0.05], [0.10, 0.55, 0.35]])
-    logits = (0.1 * probabilities.log()).T.reshape(1, 3, 1, 2)
-    dropped = torch.tensor([k not in kept for k in range(3)])
-    expected = logits.masked_fill(dropped[:, None, None], -100)
-    assert torch.equal(maps.prompt_denoising(logits, pd, 0.1), expected)
-
-
-def test_prompt_denoising_is_for_each_image_and_keeps_its_best_class():
-    logits = torch.stack([torch.eye(3)[k].reshape(3, 1, 1) for k in (2, 0)])
-    denoised = maps.prompt_denoising(logits, 0.99, 1.0)  # no softmax above 0.58
-    assert denoised.flatten(1).tolist() == [[-100, -100, 1], [1, -100, -100]]
-
-
-@pytest.mark.parametrize("ahead, kept", [(18.0, True), (15.0, False)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_pd_of_one_keeps_what_rounds_to_one_in_float32(ahead, kept, dtype):
-    # The best of two classes, 0.1·18 ahead: exp(-18) is lost beside 1 in float32, exp(-15) is not.
-    logits = torch.zeros(1, 3, 1, 2, dtype=dtype)
-    logits[0, 0, 0, 0] = 3.0  # class 0 is certain, so that it cannot be class 1 that stays
-    logits[0, 1, 0, 1] = 0.1 * ahead
-    denoised = maps.prompt_denoising(logits, 1.0, 0.1)
-    assert (denoised[0, 1, 0, 1] > 0) == kept and denoised[0, 2].max() == -100
-    assert denoised[0, 0, 0, 0] == 3
-
-
-@pytest.mark.parametrize("view, size", [((75, 100), (150, 211)), ((75, 100), (75, 100)),
-                                        ((80, 112), (33, 41))])
-def test_label_map_is_argmax_of_upsampled_logits(view, size):
-    logits = normal(2, 70, 5, 7)
-    whole = F.interpolate(logits, (80, 112), mode="bilinear")[..., : view[0], : view[1]]
-    expected = F.interpolate(whole, size, mode="bilinear").argmax(1)
-    assert len(expected.unique()) > 60
-    for chunk in (1, 32, 70, 500):
-        actual = maps.label_map(logits, (80, 112), view, size, chunk)
-        assert actual.dtype == torch.int64 and torch.equal(actual, expected)
-
-
-def test_a_window_over_the_whole_image_changes_nothing(trained_demo):
-    def predictions(slide=None):
-        return evaluate.Segmenter(trained_demo / "reclip.pt", slide=slide)(images, (120, 130))
-
-    images = F.interpolate(pixels(2, 3, 11, 12), (88, 100))
-    whole = predictions()
-    for window in (100, 400):
-        slid = predictions((window, 50))
-        assert list(slid) == list(whole) == ["maskclip", "rectified"]
-        assert same(slid, whole)
-    assert not torch.equal(predictions((48, 24))["rectified"], whole["rectified"])
-
-
-def test_sliding_windows_average_what_covers_a_pixel(trained_demo):
-    images = F.interpolate(pixels(1, 3, 8, 12), (64, 100))
-    segment = evaluate.Segmenter(trained_demo / "reclip.pt", slide=(48, 32))
-    slid = segment.sliding_logits(images)
-    for stage, name in enumerate(segment.names):
-        total, count = torch.zeros(1, 10, 64, 100), torch.zeros(64, 100)
-        for top, left in ((0, 0), (0, 32), (0, 52), (16, 0), (16, 32), (16, 52)):
-            window = ..., slice(top, top + 48), slice(left, left + 48)
-            part = segment.network.logits(segment.network.encode(images[window]))[stage]
-            total[window] += F.interpolate(part, (48, 48), mode="bilinear")
-            count[window] += 1
-        assert count.min() == 1 and count.max() == 4
-        assert_close(slid[name], total / count)
-
-
-def test_options_of_the_command(small_demo, trained_demo, tmp_path):
-    every = ((), ("--pd", 0), ("--no-pd",), ("--pd", 1), ("--slide", 48, 24), ("--split", "train"))
-    checkpoint = ("--checkpoint", shutil.copy(trained_demo / "reclip.pt", tmp_path))
-    found = {options: run(evaluate.main, *checkpoint, *options) for options in every}
-    rectified = {options: r["rectified"] for options, r in found.items()}
-    assert [r["pd"] for r in rectified.values()] == [None, 0, None, 1, None, None]
-    plain = rectified[()]["iou"]
-    assert rectified["--pd", 0]["iou"] == rectified["--no-pd",]["iou"] == plain
-    assert rectified["--pd", 1]["iou"] != plain != rectified["--slide", 48, 24]["iou"]
-    assert rectified["--split", "train"]["images"] == 24 and rectified[()]["images"] == 12
-    assert results(tmp_path) == found["--split", "train"]  # the last one
-
-
-class Pictures:
-    """Images and labels of different sizes; labels are of the images' size."""
-
-    classes = "abcd"
-    sizes = [(30, 40), (40, 30), (30, 40), (30, 40), (21, 50), (40, 30), (30, 40)]
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def image(self, i):
-        return pixels(3, *self.sizes[i], seed=i)
-
-    def label(self, i):
-        return random_labels(*self.sizes[i], seed=i)
-
-
-def by_brightness(images, size):
-    """A stand-in for a network: four classes by the brightness of the image's upsampled view."""
-    grey = F.interpolate(images.float().mean(1, keepdim=True), size, mode="bilinear")[:, 0]
-    return {"one": (grey / 64).long(), "zero": torch.zeros(grey.shape, dtype=torch.int64)}
-
-
-@pytest.mark.parametrize("batch", [1, 2, 16])
-def test_every_image_counts_once_whatever_the_sizes(batch):
-    pictures = Pictures()
-    expected = {name: torch.zeros(4, 4, dtype=torch.int64) for name in ("one", "zero")}
-    for i in range(len(pictures)):
-        label = pictures.label(i)
-        view = data.resize_to_scale(pictures.image(i), (60, 20))[None]
-        for name, prediction in by_brightness(view, label.shape).items():
-            expected[name] += plain_confusion(prediction, label)
-    actual = evaluate.evaluate(by_brightness, pictures, (60, 20), CPU, batch)
-    assert same(actual, expected)
-
-
-def test_groups_are_full_where_they_can_be():
-    pictures = Pictures()
-    pairs = ((pictures.image(i), pictures.label(i)) for i in range(len(pictures)))
-    groups = list(evaluate.grouped_by_size(pairs, 2))
-    assert sorted(len(views) for views, _ in groups) == [1, 2, 2, 2]
-    assert all(images.shape[2:] == labels.shape[1:] for images, labels in groups)
+def test_doubts_about_labels():
+    names = list("abcdefgh")
+    confusion = 50 * torch.eye(8, dtype=torch.int64) + 1
+    assert evaluate.doubts(confusion, names) == []
+    [line] = evaluate.doubts(confusion.roll(1, 0), names)  # every class called by the next's name
+    assert "below chance" in line and "order than a, b, c" in line
+    confusion[1:7] = 0
+    [line] = evaluate.doubts(confusion, names)
+    assert "no label holds b, c, d, e, f and 1 more" in line and "255" in line
+    refuses("all are void", evaluate.doubts, 0 * confusion, names)
+    # Chance is what predictions get that have nothing to do with the truth.
+    said, true = (torch.multinomial(torch.tensor([5.0, 3, 2]), 10**6, True) for _ in range(2))
+    confusion, right = confusion_matrix(said, true, 3), 3000 * torch.eye(3, dtype=torch.int64)
+    assert not evaluate.doubts(confusion + right, names[:3])
+    assert evaluate.doubts(confusion - right, names[:3])
 
 
 def test_table():
-    results = {name: dict(miou=1.0, pixel_accuracy=2.5, iou={"cat": None, "tv monitor": miou})
-               for name, miou in (("maskclip", 12.345), ("rectified", 100.0))}
-    lines = evaluate.table(results, ["cat", "tv monitor"]).splitlines()
+    found = {name: dict(miou=1.0, pixel_accuracy=2.5, iou={"cat": None, "tv monitor": miou})
+             for name, miou in (("maskclip", 12.345), ("rectified", 100.0))}
+    lines = evaluate.table(found, ["cat", "tv monitor"]).splitlines()
     assert [line.split() for line in lines] == [
         ["maskclip", "rectified"], ["mIoU", "1.00", "1.00"], ["pixel", "accuracy", "2.50", "2.50"],
         ["-" * len(lines[3])], ["cat", "–", "–"], ["tv", "monitor", "12.35", "100.00"]]
-    assert len({len(line) for line in lines}) == 1
 
 
-# ---- Biases, figures, probes ---------------------------------------------------------------------
-
-def flood_fill(label):
-    """Regions of equal label, one after the other, pixel by pixel."""
-    objects, count = torch.zeros_like(label), 0
-    left = {place: k for place, k in np.ndenumerate(label.numpy()) if k != VOID}
-    while left:
-        first, k = next(iter(left.items()))
-        todo, count = [first], count + 1
-        while todo:
-            y, x = todo.pop()
-            if left.get((y, x)) == k:
-                del left[y, x]
-                objects[y, x] = count
-                todo += [(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    return objects
-
-
-@pytest.mark.parametrize("H, W, C", [(1, 1, 2), (1, 17, 2), (17, 1, 2), (30, 40, 2), (41, 29, 3),
-                                     (60, 60, 9)])
-def test_connected_regions_are_those_of_a_flood_fill(H, W, C):
-    for seed in range(4):
-        label = random_labels(H, W, C=C, void=0.15 * seed, seed=seed)
-        assert torch.equal(connected_regions(label), flood_fill(label))
-
-
-def test_connected_regions_that_wind():
-    snake = torch.full((33, 33), VOID)
-    snake[::2] = 5
-    snake[1::4, -1], snake[3::4, 0] = 5, 5
-    comb = torch.zeros(20, 20, dtype=torch.int64)
-    comb[1:, ::2], comb[19, :] = 3, 3  # teeth that meet nowhere, and then do
-    for label in (snake, snake.T, snake.flip(0), snake.masked_fill(snake == VOID, 7), comb):
-        assert torch.equal(connected_regions(label), flood_fill(label))
-    assert connected_regions(torch.full((4, 5), VOID)).sum() == 0
-
-
-def test_voc_has_instance_masks(voc_root, clip_file, tmp_path):
-    objects_of = lambda: data.open_dataset("voc", voc_root, "val").objects(0)
-    val = data.open_dataset("voc", voc_root, "val")
-    assert torch.equal(objects_of(), connected_regions(val.label(0)))  # there are none yet
-    mask = Image.new("L", (500, 375))
-    for value, left, right in ((1, 0, 100), (2, 100, 200), (255, 98, 102)):
-        mask.paste(value, (left, 0, right, 375))
-    file = voc_root / f"VOCdevkit/VOC2012/SegmentationObject/{val.ids[0]}.png"
-    file.parent.mkdir()
-    mask.save(file)
-    objects = objects_of()
-    assert objects.unique().tolist() == [0, 1, 2] and objects.dtype == torch.int64
-    assert (objects == 1).sum() == (objects == 2).sum() == 98 * 375
-    run(reclip.main, "--dataset", "voc", "--data-root", voc_root, "--clip", clip_file, "--method",
-        "maskclip", "--out", tmp_path / "run", "--workers", 0)
-    result = run(evaluate.main, "--checkpoint", tmp_path / "run" / "reclip.pt", "--bias")
-    assert result["maskclip"]["objects"] == "instance masks"
-    mask.crop((0, 0, 50, 375)).save(file)
-    refuses("instance mask .* is 50×375 pixels, its image 500×375", objects_of)
-    file.unlink()
-    refuses("no label .*SegmentationObject", objects_of)
-
+# ---- Bias scores ---------------------------------------------------------------------------------
 
 def test_class_preference_by_hand():
     # Rows as shares: 0.6 0.3 0.1 | 0.5 0.25 0.25 | absent | 0 0 0 1
     confusion = torch.tensor([[6, 3, 1, 0], [4, 2, 2, 0], [0, 0, 0, 0], [0, 0, 0, 7]])
-    assert class_preference(confusion) == pytest.approx(((0.6 - 0.3) + (0.25 - 0.5) + (1 - 0)) / 3)
-    assert class_preference(torch.tensor([[5]])) == 1
-    assert class_preference(torch.tensor([[0, 5], [5, 0]])) == -1
-    assert class_preference(torch.zeros(3, 3, dtype=torch.int64)) is None
+    preference = evaluate.class_preference
+    assert preference(confusion) == pytest.approx(((0.6 - 0.3) + (0.25 - 0.5) + (1 - 0)) / 3)
+    assert preference(torch.tensor([[0, 5], [5, 0]])) == -1
 
 
 def test_distance_of_a_centroid_by_hand():
@@ -271,117 +115,364 @@ def test_distance_of_a_centroid_by_hand():
     label, objects = torch.full((6, 8), VOID), torch.zeros(6, 8, dtype=torch.int64)
     label[0, :2], objects[0, :2] = 1, 3
     label[2:4, 3:5], objects[2:4, 3:5] = 0, 9  # in the very centre
-    expected = math.hypot(2.5, 3) / 5  # 0.78
     for bins in (1, 2, 5, 10, 100):
         nearest = evaluate.distance_bins(label, objects, bins)
-        assert (nearest[0, :2] == int(expected * bins)).all() and (nearest[2:4, 3:5] == 0).all()
+        expected = int(math.hypot(2.5, 3) / 5 * bins)
+        assert (nearest[0, :2] == expected).all() and (nearest[2:4, 3:5] == 0).all()
         assert (nearest == bins).sum() == 48 - 6
-    # Pixels without a class do not move the centroid, and are in no bin.
-    objects[0, :5] = 3
+    objects[0, :5] = 3  # pixels without a class do not move the centroid, and are in no bin
     assert torch.equal(evaluate.distance_bins(label, objects, 100), nearest)
-    assert (evaluate.distance_bins(label, torch.zeros_like(objects)) == evaluate.BINS).all()
 
 
 def test_curve_and_slope_by_hand():
     label = torch.tensor([[0, 0, 0, 1], [1, 1, VOID, 2]])
-    prediction = torch.tensor([[0, 0, 1, 1], [1, 0, 2, 0]])
+    said = torch.tensor([[0, 0, 1, 1], [1, 0, 2, 0]])
     nearest = torch.tensor([[0, 0, 0, 0], [2, 2, 3, 2]])
-    confusions = evaluate.confusion_by_distance(prediction, label, nearest, 3, bins=3)
-    assert confusions.shape == (4, 3, 3)
-    assert torch.equal(confusions.sum(0), confusion_matrix(prediction, label, 3))
+    confusions = confusion_matrix(said, label, 3, nearest, 4)
     # Bin 0: class 0 has 2 of 3, class 1 has 1 of 2. Bin 2: class 1 has 1 of 2, class 2 has 0 of 1;
     # class 0 is predicted there, but no object of it lies there.
-    curve = evaluate.distance_curve(confusions[:-1])
+    curve, slope = evaluate.distance_curve(confusions[:-1]), evaluate.space_preference
     assert curve == pytest.approx([100 * (2 / 3 + 1 / 2) / 2, None, 25])
-    assert space_preference(curve) == pytest.approx((1 / 4 - 7 / 12) / (5 / 6 - 1 / 6))
-    assert space_preference([50, 40, 20, None, 30]) == pytest.approx((-0.5 - 1 + 0.25) / 3)
-    assert space_preference([50, None]) is None
+    assert slope(curve) == pytest.approx((1 / 4 - 7 / 12) / (5 / 6 - 1 / 6))
+    assert slope([50, 40, 20, None, 30]) == pytest.approx((-0.5 - 1 + 0.25) / 3)
+    assert slope([50, None]) is None
 
 
-def test_bias_of_the_demo(small_demo, trained_demo, tmp_path, capsys):
-    checkpoint = ("--checkpoint", trained_demo / "reclip.pt", "--out", tmp_path)
-    plain = run(evaluate.main, *checkpoint)
-    assert "class-preference" not in capsys.readouterr().out
-    biased = run(evaluate.main, *checkpoint, "--bias")
+# ---- Prediction ----------------------------------------------------------------------------------
+
+def plain_pamr(image, logits, steps, dilations):
+    """PAMR of one image, 3×H×W and C×H×W, in float64, pixel by pixel."""
+    (C, H, W), x = logits.shape, logits.double().numpy()
+    image = image.double().numpy()
+    at = lambda y, x: (min(max(y, 0), H - 1), min(max(x, 0), W - 1))
+    sides = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    places, weights = {}, {}
+    for p in np.ndindex(H, W):
+        window = [at(p[0] + d * dy, p[1] + d * dx) for d in dilations for dy, dx in sides]
+        sigma = np.std([image[:, *q] for q in window], axis=0, ddof=1)
+        places[p] = [at(p[0] + d * dy, p[1] + d * dx) for d in dilations for dy, dx in sides
+                     if dy or dx]
+        unlike = [np.mean(abs(image[:, *q] - image[:, *p]) / (0.1 * sigma + 1e-8))
+                  for q in places[p]]
+        weights[p] = np.exp(-np.array(unlike)) / np.exp(-np.array(unlike)).sum()
+    for _ in range(steps):
+        new = np.zeros_like(x)
+        for p in np.ndindex(H, W):
+            new[:, *p] = sum(w * x[:, *q] for w, q in zip(weights[p], places[p]))
+        x = new
+    return torch.from_numpy(x)
+
+
+def test_pamr_is_that_of_a_plain_loop():
+    image, logits = levels(2, 3, 9, 11), normal(2, 3, 9, 11)
+    found = evaluate.pamr(image, logits, 3, (1, 4))
+    for one, x, y in zip(image, logits, found):
+        assert (plain_pamr(one, x, 3, (1, 4)) - y).abs().max() < 1e-5
+    flat = evaluate.pamr(torch.full((1, 3, 5, 7), 128), normal(1, 90, 2, 3), 2, (2, 24))
+    assert flat.isfinite().all() and flat.shape == (1, 90, 5, 7)
+    recorded = golden("encoders")["pamr"]
+    image, logits, one = (recorded[name] for name in ("image", "logits", "one"))
+    assert_close(evaluate.pamr(image, logits, 1, (1, 2)), one)
+    found = evaluate.pamr(255 * image, logits, recorded["steps"], recorded["dilations"])
+    assert_close(found, recorded["result"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("surgery, sigma, name", [
+    ("value", 5, "maskclip_no_residual"), ("clearclip", 5, "clearclip"), ("sclip", 5, "sclip"),
+    ("naclip", 5, "naclip"), ("naclip", 2, "naclip_std2")])
+def test_last_blocks_of_public_repositories(surgery, sigma, name):
+    recorded = golden("encoders")
+    visual = random_clip(image_resolution=48, vision_patch_size=8, vision_width=128).visual
+    visual.load_state_dict({key.removeprefix("visual."): value.float()
+                            for key, value in recorded["state"].items()})
+    for kind, images in recorded["images"].items():
+        features = reclip.dense_features(visual, images, surgery, sigma).flatten(2).mT
+        assert (features - recorded["features"][kind][name]).abs().max() <= 2e-5, kind
+
+
+@pytest.mark.parametrize("C, size", [(3, (40, 56)), (70, (300, 420))])
+def test_most_likely_is_argmax_and_softmax_after_upsampling(C, size):
+    logits, extent = normal(1, C, 5, 7), ((40, 56), (38, 50), size)
+    labels, sure = most_likely(logits, *extent, 0.1)
+    full = F.interpolate(logits, (40, 56), mode="bilinear")[..., :38, :50]
+    value, index = (F.interpolate(full, size, mode="bilinear") / 0.1).softmax(1).max(1)
+    assert_close(sure, value)
+    assert (labels == index).float().mean() > 0.9999
+    for at in ((38, 50), size):
+        seen = []
+        found = most_likely(logits, *extent, 0.1, lambda x: seen.append(x.shape[2:]) or -x, at)
+        assert set(seen) == {at} and not torch.equal(found[0], labels)
+
+
+def test_mean_of_windows_and_mirrors(trained_demo):
+    """48×48 windows, 32 apart, of a view of 64×100 pixels, each twice: a plain sum."""
+    images = F.interpolate(levels(1, 3, 8, 12), (64, 100))
+    segment = Segmenter(trained_demo / "reclip.pt", slide=(48, 32), flip=True)
+    found, _ = segment.logits(images)
+    for stage, name in enumerate(segment.names):
+        total, times = torch.zeros(1, 10, 64, 100), torch.zeros(64, 100)
+        for top, left in ((0, 0), (0, 32), (0, 52), (16, 0), (16, 32), (16, 52)):
+            window = ..., slice(top, top + 48), slice(left, left + 48)
+            for part, back in ((images[window], ()), (images[window].flip(3), (3,))):
+                logits = segment.network.logits(segment.network.encode(part))[stage]
+                total[window] += F.interpolate(logits, (48, 48), mode="bilinear").flip(back)
+                times[window[1:]] += 1
+        assert times.min() == 2 and times.max() == 8
+        assert_close(found[name], total / times)
+
+
+@pytest.mark.parametrize("name", ["reclip.pt", "distill.pt"])
+def test_flipped_images_have_flipped_masks(trained_demo, name):
+    segment, images = Segmenter(trained_demo / name, flip=True), levels(1, 3, 70, 90)
+    one, other = (segment(x, x) for x in (images, images.flip(3)))
+    for stage in segment.names:
+        assert (one[stage] == other[stage].flip(2)).float().mean() > 0.999
+    plain = Segmenter(trained_demo / name)
+    assert not torch.equal(plain(images, images)[stage], one[stage])
+    window = Segmenter(trained_demo / name, slide=(100, 50))  # over the whole image
+    assert same(window(images, images), plain(images, images))
+
+
+def test_masks_of_several_names_are_those_of_the_best(tiny_clip):
+    names = ["ladybug, beetle", "star", "heart, cross"]
+    s = Namespace(**reclip.recipe("shapes", method="maskclip"), method="maskclip", preset="release")
+    segment = Segmenter(reclip.plain_maskclip(tiny_clip, names, s), pamr=(1, (1,)))
+    image = data.open_dataset("shapes", split="val").image(3)[None]
+    Z, _ = segment.network.inputs(segment.network.encode(image))
+    each = torch.einsum("bdhw,cd->bchw", Z, segment.network.rectifier.Wq)
+    best = F.interpolate(each, (96, 96), mode="bilinear").argmax(1)
+    expected = torch.tensor([0, 0, 1, 2, 2])[best]
+    assert len(best.unique()) == 5 and torch.equal(segment(image, image)["maskclip"], expected)
+    segment.presence = (1e-6, tiny_clip, segment.network.rectifier.Wq, 1 / 2)  # hardly any
+    assert (segment(image, image)["maskclip"] == expected).float().mean() > 0.99
+    p = evaluate.presence_prior(image[0], *segment.presence[1:], names)
+    assert p.shape == (3,) and p.sum().item() == pytest.approx(1)
+
+
+def test_what_is_in_a_picture_by_hand(segment, tiny_clip, monkeypatch):
+    """Two names of class 0, one of class 1; three crops with known cosines."""
+    cosines = torch.tensor([[0.30, 0.32, 0.31], [0.10, 0.20, 0.25], [0.5, 0.1, 0.1]])
+    asked = []
+    monkeypatch.setattr(evaluate, "cut_crops", lambda image, r, side: asked.append((r, side)) or 3)
+    monkeypatch.setattr(evaluate, "clip_features", lambda *rest: 7 * torch.cat(
+        [cosines, (1 - cosines.square().sum(1, keepdim=True)).sqrt()], 1))
+    p = evaluate.presence_prior(None, tiny_clip, torch.eye(3, 4), 0.25, ["a, b", "c"])
+    own = [1 / (1 + math.exp((b - a) / 0.01)) for a, b in ((0.32, 0.31), (0.2, 0.25), (0.5, 0.1))]
+    assert p.tolist() == pytest.approx([sum(own) / 3, 1 - sum(own) / 3])
+    assert asked == [(0.25, tiny_clip.visual.input_resolution)]
+    # and it is added to logits / T, for every map, after prompt denoising and before PAMR
+    image = data.open_dataset("shapes", split="val").image(0)[None]
+    monkeypatch.setattr(evaluate, "presence_prior", lambda *rest: torch.linspace(0.1, 1, 10))
+    monkeypatch.setattr(segment, "presence", (3.0, tiny_clip, None, 0.5))
+    monkeypatch.setattr(segment, "pamr", (2, (1, 2)))
+    plain, padded = segment.logits(image)
+    for name, T in (("maskclip", 0.01), ("rectified", 0.1)):  # that of the head
+        logits = plain[name] / T + 3 * torch.linspace(0.1, 1, 10).log()[:, None, None]
+        logits = F.interpolate(logits, padded, mode="bilinear")
+        found = segment(image, image)
+        assert (found[name] == logits.argmax(1)).float().mean() > 0.999
+        refined = evaluate.pamr(image, logits, 2, (1, 2)).argmax(1)
+        assert (found[f"{name}_pamr"] == refined).float().mean() > 0.999
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+def test_every_image_counts_once(segment):
+    pictures = data.open_dataset("shapes", split="val")
+    pictures.ids = pictures.ids[:5]
+    parts = [pictures.image(i)[:, : 96 - 7 * i] for i in range(5)], [
+        pictures.label(i)[: 96 - 7 * i] for i in range(5)]
+    pictures.image, pictures.label = (part.__getitem__ for part in parts)
+    expected = {name: 0 for name in segment.names}
+    for image, label in zip(*parts):
+        view = data.resize_to_scale(image, (60, 80))[None]
+        for name, mask in segment(view, image[None]).items():
+            expected[name] += plain_confusion(mask[0], label, 10)
+    for workers in (0, 2):
+        found = evaluate.evaluate(segment, pictures, (60, 80), CPU, workers)
+        assert same(found, expected)
+    by_place = evaluate.evaluate(segment, pictures, (60, 80), CPU, 0, bins=3)
+    assert same({name: m.sum(0) for name, m in by_place.items()}, expected)
+
+
+def test_options_of_the_command(small_demo, trained_demo, tmp_path, capsys):
+    checkpoint = reclip.load_checkpoint(trained_demo / "reclip.pt")
+    checkpoint["settings"]["pd"] = 0.99
+    torch.save(checkpoint, tmp_path / "reclip.pt")
+    every = ("", "--pd 0", "--slide 48 24", "--flip", "--presence 2", "--presence 2 --crop-ratio 1",
+             "--pamr --pamr-size image", "--pamr", "--bias", "--split train", "--count-absent")
+    found = {words: run(evaluate.main, "--checkpoint", tmp_path, *words.split()) for words in every}
+    for words, result in found.items():
+        usual = words in ("", "--bias", "--pamr", "--pamr --pamr-size image")
+        assert result["maskclip"]["standard"] == (usual or words == "--pd 0"), words
+        assert result["rectified"]["standard"] == usual
+        assert ("rectified_no_pd" in result) == (words != "--pd 0")
+    first, last, differ = found[""], found["--count-absent"], [*map(found.get, every[:6])]
+    assert first["rectified"]["pd"] == 0.99 and first["rectified"]["images"] == 12
+    assert found["--pd 0"]["rectified"]["iou"] == first["rectified_no_pd"]["iou"]
+    assert len({str(result["rectified"]["iou"]) for result in differ}) == 6
+    assert [result["maskclip"]["crop_ratio"] for result in differ[3:]] == [None, 0.5, 1]
+    refined = [found[words]["rectified_pamr"] for words in every[6:8]]
+    assert [r["standard"] for r in refined] == [False, True]
+    assert refined[1]["pamr"] == (4, (1, 2, 4, 8))
+    assert found["--split train"]["rectified"]["images"] == 24
+    kept = results(tmp_path)  # the last of everything
+    assert kept["rectified"] == last["rectified"] and "rectified_pamr" in kept
     said = capsys.readouterr().out
     assert "class-preference" in said and "connected regions" in said
-    val = data.open_dataset("shapes", split="val")
+    biased, val = found["--bias"]["rectified"], data.open_dataset("shapes", split="val")
+    assert first["rectified"].items() <= biased.items()  # the same evaluation, and more
     counted = sum((val.label(i) != VOID).sum() for i in range(len(val)))
-    for name, result in biased.items():
-        assert plain[name].items() <= result.items()  # the same evaluation, and more
-        curve = [part["miou"] for part in result["distance_curve"]]
-        assert result["space_preference"] == pytest.approx(space_preference(curve))
-        assert [p["distance"][0] for p in result["distance_curve"]] == [0, 0.2, 0.4, 0.6, 0.8]
-        assert sum(p["pixels"] for p in result["distance_curve"]) == counted
-    # Bias scores stay when the same is evaluated again, and go when something else is.
-    run(evaluate.main, *checkpoint)
-    assert results(tmp_path) == biased
-    run(evaluate.main, *checkpoint, "--pd", 1)
-    assert "class_preference" not in results(tmp_path)["rectified"]
-    assert results(tmp_path)["maskclip"] == biased["maskclip"]
+    assert sum(part["pixels"] for part in biased["distance_curve"]) == counted
+    for words in (["--bias"], []):
+        run(evaluate.main, "--checkpoint", tmp_path, *words)
+    assert results(tmp_path)["rectified"] == biased  # which stays with the same outcome
 
 
-def test_figures(small_demo, trained_demo, tmp_path):
-    checkpoint = ("--checkpoint", trained_demo / "distill.pt")
-    found = run(evaluate.main, *checkpoint, "--figures", "--out", tmp_path)
-    assert list(found) == ["maskclip", "rectified", "distilled"]  # reclip.pt lies beside it
-    figures = {path.stem: Image.open(path).convert("RGB") for path in tmp_path.glob("*.png")}
-    assert sorted(figures) == ["comparison", "confusion", "distance", "heatmaps"]
-    for figure in figures.values():
-        assert 850 <= figure.width <= 1000
-        assert len(figure.getcolors(1 << 20)) > 50  # something is drawn
-    assert figures["distance"].size == (900, 480)
-    assert figures["heatmaps"].width == 6 * 142 + 6  # six columns
-    assert figures["heatmaps"].height > 9 * 142  # three rows an image, above a legend
-    assert figures["comparison"].width == 5 * (190 + 6) + 6
-
-
-def test_figures_of_one_checkpoint(small_demo, trained_demo, tmp_path, capsys):
-    shutil.copy(trained_demo / "distill.pt", tmp_path)
-    found = run(evaluate.main, "--checkpoint", tmp_path / "distill.pt", "--figures")
-    assert list(found) == ["distilled"]
-    assert not (tmp_path / "heatmaps.png").exists() and (tmp_path / "confusion.png").exists()
-    assert "no heatmaps.png: it needs MaskCLIP's masks" in capsys.readouterr().out
-
-
-def test_figures_of_few_classes_and_empty_bins():
-    confusions = {"maskclip": torch.tensor([[3, 1], [0, 0]]), "rectified": torch.eye(2).long()}
-    assert maps.confusion_figure(confusions, ["a", "traffic light"]).height > 200
-    maps.distance_figure({"maskclip": [None] * 5, "rectified": [0, None, 100, None, None]})
-
-
-def test_class_shares_of_cells():
-    labels = torch.full((1, 5, 6), VOID)
-    labels[0, :2, :2], labels[0, :4, 4:] = 1, 0
-    shares = class_shares(labels, 2, (5, 6), (6, 6), (3, 3))  # cells of 2×2, one row of padding
-    assert torch.equal(shares[0, 1], torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]))
-    assert torch.equal(shares[0, 0], torch.tensor([[0.0, 0, 1], [0, 0, 1], [0, 0, 0]]))
-    large = F.interpolate(labels[None].float(), (15, 18))[0].long()
-    assert torch.equal(class_shares(large, 2, (5, 6), (6, 6), (3, 3)), shares)
-
-
-def test_a_probe_learns_from_the_training_labels(small_demo, trained_demo):
-    train, val = (data.open_dataset("shapes", split=split) for split in ("train", "val"))
-    for name, stages in (("reclip", ["maskclip", "rectified"]), ("distill", ["distilled"])):
-        segment = evaluate.Segmenter(trained_demo / f"{name}.pt")
-        miou = {}
-        for epochs in (1, 30):
-            probes = (evaluate.linear_probe(segment, train, CPU, epochs) for _ in range(2))
-            found, again = (evaluate.evaluate(probe, val, (96, 96), CPU) for probe in probes)
-            assert list(found) == [f"linear_probe_{stage}" for stage in stages]
-            assert same(found, again)
-            miou[epochs] = [scores(m)["miou"] for m in found.values()]
-        # Ten classes: chance is some 5 %.
-        assert all(learned > 1.3 * first for first, learned in zip(miou[1], miou[30]))
-        assert name == "distill" or min(miou[30]) > 20
-
-
-def test_linear_probe_of_the_command(small_demo, trained_demo, tmp_path, capsys):
-    run(evaluate.main, "--checkpoint", trained_demo / "reclip.pt", "--linear-probe",
-        "--probe-epochs", 2, "--out", tmp_path)
+def test_figures_and_probe_of_several_checkpoints(demo_copy, capsys):
+    other = Path(shutil.copytree("run", "other"))
+    (other / "distill.pt").unlink()
+    checkpoint = reclip.load_checkpoint(other / "reclip.pt")
+    checkpoint["state"]["decoder.norm.bias"] += torch.arange(10.0)
+    torch.save(checkpoint, other / "reclip.pt")
+    found = run(evaluate.main, "--checkpoint", "run/reclip.pt", other, "--figures", "--out", "out",
+                "--linear-probe")
+    assert results("out") == json.loads(json.dumps(found))
+    assert found["run maskclip"]["iou"] == found["other maskclip"]["iou"]
+    assert found["run rectified"]["iou"] != found["other rectified"]["iou"]
+    probes = {name: result for name, result in found.items() if "probe" in name}
+    for name, result in probes.items():
+        assert result["trained_with_ground_truth"] and not result["scored_on_its_training_images"]
+        assert result["miou"] > 20  # ten classes: chance is some 5
+    assert len(probes) == 4 and "trained_with_ground_truth" not in found["run rectified"]
     assert "trained with ground truth" in capsys.readouterr().out
-    found = results(tmp_path)
-    honest, probed = ["maskclip", "rectified"], ["linear_probe_maskclip", "linear_probe_rectified"]
-    assert list(found) == [*honest, *probed]
-    assert all(found[name]["trained_with_ground_truth"] for name in probed)
-    assert not any("trained_with_ground_truth" in found[name] for name in honest)
+    figures = {path.stem: Image.open(path) for path in Path("out").glob("*.png")}
+    assert figures.keys() == {"comparison", "heatmaps", "heatmaps-other", "confusion", "distance"}
+    assert all(len(figure.convert("RGB").getcolors(1 << 20)) > 20 for figure in figures.values())
+    run(evaluate.main, "--checkpoint", "run", "--figures")  # of both in the folder
+    assert {"maskclip", "rectified", "distilled"} <= results("run").keys()
+    Path("run/reclip.pt").unlink()
+    run(evaluate.main, "--checkpoint", "run", "--figures", "--out", "alone")
+    assert "no heatmaps.png" in capsys.readouterr().out
+
+
+def test_a_student_asks_its_teachers_clip(demo_copy, clip_file, mistake):
+    command = ("--checkpoint", "run/distill.pt", "--presence", 3, "--out", "out")
+    found = run(evaluate.main, *command)["distilled"]
+    assert found["presence"] == 3 and found["crop_ratio"] == 0.5 and not found["standard"]
+    assert found["iou"] != run(evaluate.main, *command[:2])["distilled"]["iou"]
+    assert "another CLIP" in mistake(evaluate.main, *command, "--clip", clip_file)
+    assert "--clip" in mistake(evaluate.main, *command, "--clip", "gone.pt")
+    student = Segmenter("run/distill.pt")
+    assert student.temperature("distilled") == 0.1
+    student.network.head.decoder = None
+    assert student.temperature("distilled") == 0.01
+    student.settings.head = "learned"
+    assert student.temperature("distilled") == 1
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--confidence", "--images"), ("--unknown-below 0.5", "--images"), ("--dilations 2", "--pamr"),
+    ("--unknown-below 2 --images a.png", "--unknown-below 2"), ("--pamr 0", "--pamr 0"),
+    ("--crop-ratio 0.5", "--presence"), ("--presence 1 --crop-ratio 0.01", "--crop-ratio 0.01"),
+    ("--presence 0", "--presence"), ("--preset paper --heads 2", "--heads and --preset"),
+    ("--surgery value", "--surgery"), ("--images a.png --figures", "--figures"),
+    ("--checkpoint b c --images a.png", "one --checkpoint"), ("--method maskclip", "--images"),
+    ("--images gone.png", "gone.png"), ("--labels run", "--labels")])
+def test_mistakes(trained_demo, mistake, words, named):
+    said = mistake(evaluate.main, "--checkpoint", trained_demo, *words.split())
+    assert named.split()[0] in said and named.split()[-1] in said
+
+
+# ---- One's own images ----------------------------------------------------------------------------
+
+def pixels(file):
+    return np.array(Image.open(file))
+
+
+def test_masks_go_round(trained_demo, tmp_path, monkeypatch, capsys):
+    """Of photographs of any name, in folders; taken for labels of the same they give 100 %."""
+    monkeypatch.chdir(tmp_path)
+    names = ["a.jpg", "a.png", "Käse.png", "x/a.jpg", "x/y/b c&$(1).png", "z/" + "n" * 200 + ".bmp",
+             "x/.._.._escape.webp", "x/[0].tif", "two.dots.png"]
+    for seed, name in enumerate(names):
+        picture(f"in/{name}", size=(60 + seed, 50), seed=seed)
+    student = trained_demo / "distill.pt"
+    run(evaluate.main, "--checkpoint", student, "--images", "in", "--out", "out", "--confidence")
+    rows = json_lines("out/predictions.jsonl")
+    visible = [name for name in names if not name.startswith("x/.")]  # hidden files are left out
+    assert sorted(os.path.relpath(row["image"], "in") for row in rows) == sorted(visible)
+    for row in rows:
+        mask = Image.open(Path("out", row["mask"]))
+        assert mask.mode == "P" and mask.size == Image.open(row["image"]).size == (
+            row["width"], row["height"])
+        assert mask.getpalette()[:30] == data.SHAPES_PALETTE.flatten().tolist()
+        sure, values = pixels(Path("out/confidence", row["mask"][6:])), np.array(mask)
+        for k, name in enumerate(data.SHAPES):
+            share = 100 * (values == k).mean()
+            assert row["areas"].get(name, 0) == pytest.approx(share, abs=1e-3)
+            assert not share or row["confidence"][name] == pytest.approx(
+                sure[values == k].mean() / 255, abs=0.003)
+        assert 420 <= Image.open(Path("out", row["overlay"])).width <= 1020
+    assert Path("out/masks/x/y/b c&$(1).png").exists() and Path("out/masks/a.png.png").exists()
+    # the same network on the same images, which now have labels
+    checkpoint = reclip.load_checkpoint(student)
+    checkpoint["settings"] |= dict(dataset="folder", data_root="in", labels=None, workers=0)
+    torch.save(checkpoint, "distill.pt")
+    command = ("--checkpoint", "distill.pt", "--labels", "out/masks")
+    found = run(evaluate.main, *command, "--linear-probe")
+    assert found["distilled"]["miou"] == found["distilled"]["pixel_accuracy"] == 100
+    assert found["linear_probe_distilled"]["scored_on_its_training_images"]
+    assert "the very images" in capsys.readouterr().out
+
+
+def test_unknown_folders_of_other_classes_and_broken_files(trained_demo, clip_file, tmp_path,
+                                                           monkeypatch, mistake, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(Path("in/a.png"), data.open_dataset("shapes", split="val").image(3).movedim(0, -1))
+    command = ("--checkpoint", trained_demo, "--images")
+    run(evaluate.main, *command, "in", "--out", "out", "--confidence", "--pamr", 1)
+    run(evaluate.main, *command, "in", "--out", "strict", "--pamr", 1, "--unknown-below",
+        200.5 / 255)
+    run(evaluate.main, *command, "in", "--out", "plain")
+    mask, strict, sure = (pixels(f"{name}/a.png") for name in (
+        "out/masks", "strict/masks", "out/confidence"))
+    assert np.array_equal(strict == 255, sure < 200.5) and 0 < (strict == 255).mean() < 1
+    assert np.array_equal(strict[strict != 255], mask[strict != 255])
+    assert json_lines("out/predictions.jsonl")[0]["stage"] == "distilled_pamr"
+    segment, image = Segmenter(trained_demo / "distill.pt"), data.read_image("in/a.png")[None]
+    assert np.array_equal(pixels("plain/masks/a.png"), segment(image, image)["distilled"][0])
+
+    foreign = ("--images", "in/a.png", "--method", "maskclip", "--clip", clip_file, "--heads", 1)
+    said = mistake(evaluate.main, *foreign, "--classes", "a, b", "--out", "out")
+    assert "out has the masks of other classes than a, b" in said
+    run(evaluate.main, *foreign, "--classes", "a, b", "--out", "mine", "--presence", 2, "--flip")
+    run(evaluate.main, *command[:2], "--images", "in", "in/a.png", "--out", "twice")
+    assert [row["mask"] for row in json_lines("twice/predictions.jsonl")] == [
+        "masks/a.png", "masks/a.png.png"]
+    Path("in/cut\x1b[2J.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(SystemExit, match="2"):
+        run(evaluate.main, *command, "in", "--out", "out")
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and "\x1b" not in err and "1 of 2 images" in err
+    assert ["error" in row for row in json_lines("out/predictions.jsonl")] == [False, True]
+
+
+def test_labels_of_a_folder(voc_root, clip_file, tmp_path, capsys, mistake):
+    """0…C-1 or 1…C in the files; a class that no label holds, and no class at all."""
+    tree, names = voc_root / "VOCdevkit" / "VOC2012", tmp_path / "names.txt"
+    names.write_text("\n".join(data.CLASSES["voc"]))
+    run(reclip.main, "--dataset", "folder", "--data-root", tree / "JPEGImages", "--clip", clip_file,
+        "--heads", 1, "--method", "maskclip", "--classes", names, "--workers", 0, "--out",
+        tmp_path / "run")
+    assert "folder has no labels to compare with" in capsys.readouterr().out
+    own = ("--checkpoint", tmp_path / "run", "--labels", tree / "SegmentationClass")
+    shifted = run(evaluate.main, *own, "--labels-offset", 1)["maskclip"]
+    assert "no label holds airplane" in capsys.readouterr().out
+    voc = run(evaluate.main, *own[:2], "--dataset", "voc", "--data-root", voc_root)["maskclip"]
+    assert shifted["images"] == 3 and voc["images"] == 1 and shifted["miou"] != voc["miou"]
+    before = (tmp_path / "run/results.json").read_bytes()
+    for file in (tree / "SegmentationClass").glob("*.png"):
+        Image.new("L", Image.open(file).size, 255).save(file)
+    assert "all are void" in mistake(evaluate.main, *own)
+    assert (tmp_path / "run/results.json").read_bytes() == before

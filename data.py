@@ -419,7 +419,6 @@ def read_image(path, turn=True):
     Grey, palette and CMYK images become RGB; transparent ones are laid on white; of 16-bit values
     the high byte is kept. Raises UserError, naming the file, if it cannot be read."""
     with _opened(path) as image:
-        image.load()
         image = ImageOps.exif_transpose(image) if turn else image
         if image.mode == "F" or image.mode.startswith("I"):
             values = np.asarray(image)

@@ -41,14 +41,11 @@ from reclip import (SURGERIES, RectifiedCLIP, authors_method, authors_state, bes
 # ------------------------------------------------------------------------------------------------
 # Scores, and bias scores (ReCLIP++, Sec. IV-C and Table VII)
 
-# Of the distance from the centre: 0–0.2, 0.2–0.4, … 0.8–1. Few: the mean slope between equal bins
-# is that from the first to the last, and as reliable as these two.
-BINS = 5
+BINS = 5  # of the distance from the centre: few, since the ends decide on the mean slope
 
 
 def confusion_matrix(prediction, label, C, place=None, places=1):
     """Pixels by true class (rows) and predicted class (columns), int64 C×C.
-
     prediction, label: integer tensors of one shape; pixels whose label is not in 0…C-1 (void, 255)
     do not count. place: None, or of that shape, 0…places-1, for a matrix of each, places×C×C.
     """
@@ -62,7 +59,6 @@ def confusion_matrix(prediction, label, C, place=None, places=1):
 
 def scores(confusion, count_absent=False):
     """IoU of every class, their mean and pixel accuracy of a confusion matrix, in per cent.
-
     A class without any pixel, true or predicted, is left out of the mean, as in mmsegmentation;
     count_absent counts it as 0, as the authors' program does. Its own IoU is None.
     """
@@ -76,7 +72,6 @@ def scores(confusion, count_absent=False):
 
 def class_preference(confusion):
     """How far the right class is ahead of the most preferred wrong one, -1…1; higher is better.
-
     Of each row of the confusion matrix, int64 C×C, as shares of it: the diagonal minus the largest
     other entry; the mean over the classes that have pixels.
     """
@@ -87,7 +82,6 @@ def class_preference(confusion):
 
 def distance_bins(label, objects, bins=BINS):
     """The bin of each pixel's object, by how far the object is from the centre of the image.
-
     label, objects: int64 H×W, objects 0 where there is none. The distance is that from an object's
     centroid (over its pixels with a class) to the image's, relative to half the image's diagonal:
     0…1, in `bins` equal bins. Returns int64 H×W; `bins` for pixels of no object.
@@ -183,12 +177,12 @@ class Segmenter:
         self.network, self.student = network, not isinstance(network, RectifiedCLIP)
         s, self.settings, self.classes = network.settings, network.settings, network.classes
         self.both = pd == "recipe"  # with and without
-        self.pd = None if self.student else s.pd if self.both else pd
+        self.pd = None if self.student else s.pd if pd == "recipe" else pd
         self.slide, self.flip, self.amp = slide, flip, amp
         self.pamr, self.pamr_size, self.presence = pamr, pamr_size, None
+        plain = ["maskclip"] * (not (s.learn_query or s.tune_encoder))
         self.names = ["distilled"] if self.student else (
-            ["maskclip"] * (not (s.learn_query or s.tune_encoder))
-            + ["rectified"] * (s.method != "maskclip"))
+            plain + ["rectified"] * (s.method != "maskclip"))
         # MaskCLIP's logits are of names, of which the best decides last of all, as in NACLIP.
         counts = torch.tensor(name_counts(self.classes))
         self.class_of = torch.arange(len(counts)).repeat_interleave(counts).to(device)
@@ -216,18 +210,16 @@ class Segmenter:
         """Mean logits of overlapping windows, and of their mirror images, at the views' size."""
         H, W = views.shape[2:]
         window, stride = self.slide or [max(H, W)] * 2
-        starts = lambda side: sorted({min(i, max(side - window, 0))
-                                      for i in range(0, side, stride)})
+        starts = lambda n: sorted({min(i, max(n - window, 0)) for i in range(0, n, stride)})
         sums, times = {}, torch.zeros(H, W, device=views.device)
         for top, left, mirrored in itertools.product(starts(H), starts(W), {False, self.flip}):
             part = views[:, :, top : top + window, left : left + window]
             h, w = part.shape[2:]
-            stages, padded = self.stages(part.flip(3) if mirrored else part)
+            stages, padded = self.stages(part.flip([3] * mirrored))
             for name, (_, logits) in stages.items():
-                logits = F.interpolate(logits, padded, mode="bilinear")[..., :h, :w]
-                total = sums.setdefault(name, logits.new_zeros(*logits.shape[:2], H, W))
-                total[:, :, top : top + h, left : left + w] += (
-                    logits.flip(3) if mirrored else logits)
+                x = F.interpolate(logits, padded, mode="bilinear")[..., :h, :w].flip([3] * mirrored)
+                total = sums.setdefault(name, x.new_zeros(*x.shape[:2], H, W))
+                total[:, :, top : top + h, left : left + w] += x
             times[top : top + h, left : left + w] += 1
         return {name: total / times for name, total in sums.items()}
 
@@ -281,7 +273,6 @@ class Segmenter:
 
 def most_likely(logits, padded, view, size, temperature, refine=None, at=None):
     """Class of every pixel and its probability, softmax(logits / temperature), both B×H×W.
-
     As `label_map` with the softmax after upsampling; refine: what is done before to the logits of
     some classes, B×K×h×w, at the resolution `at`: by default the view's. In chunks of classes.
     """
@@ -302,7 +293,6 @@ def most_likely(logits, padded, view, size, temperature, refine=None, at=None):
 @torch.no_grad()
 def presence_prior(image, model, Wq, r, classes, amp=False):
     """How likely each class is in a picture at all, by CLIP's view of its crops; C, sum 1.
-
     The mean over the crops of softmax(cosine / 0.01). Not in the papers, which ask about crops
     (Sec. III-D, Eq. 6) in training alone. image: uint8 3×H×W; model: a CLIP; Wq: a row for each
     name of the classes; r: side of a crop relative to the image's; amp: encode in bf16.
@@ -323,8 +313,7 @@ def witness(segment, path, device, source=None):
     try:
         model = load_clip(source or s.clip, s.activation, device, s.heads)
     except UserError as error:
-        raise UserError(f"--presence asks the CLIP of the teacher of {path}: {error}; say with "
-                        "--clip where it is") from None
+        raise UserError(f"--presence asks the teacher's CLIP: {error}; say with --clip where it is")
     if clip_fingerprint(model) != segment.clip:
         raise UserError(f"{path} was distilled from another CLIP than {source or s.clip}")
     return model, query_features(model, segment.classes)
@@ -335,9 +324,8 @@ def witness(segment, path, device, source=None):
 
 
 def evaluate(segment, data, scale, device, workers=0, bins=0):
-    """{name: confusion matrix} over all labelled images of `data`, each counted once.
+    """{name: confusion matrix} over all images of `data`, shared among the processes.
 
-    Of several processes each takes every world-th image; all get the whole result.
     segment: a Segmenter, or any function of views B×3×h×w and images B×3×H×W, both uint8, to {name:
     int64 B×H×W}. bins: if more than 0, the matrices are (bins+1)×C×C, by `distance_bins`.
     """
@@ -377,8 +365,8 @@ def doubts(confusion, classes):
     absent = [name for name, pixels in zip(classes, confusion.sum(1)) if not pixels]
     if len(absent) == len(classes):
         raise UserError("no pixel of any label has a class: all are void (255)")
-    more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-    lines = [f"no label holds {', '.join(absent[:5])}{more} (255 is void)"] * bool(absent)
+    some = ", ".join(absent[:5]) + ", …" * (len(absent) > 5)
+    lines = [f"no label holds {some} (255 is void)"] * bool(absent)
     # Chance: each class at as many pixels as here, true and predicted, but strewn at random.
     strewn = torch.outer(confusion.double().sum(1), confusion.double().sum(0)) / confusion.sum()
     miou, by_chance = scores(confusion)["miou"], scores(strewn)["miou"]
@@ -398,7 +386,6 @@ def table(results, classes):
     for n, part in enumerate(next(filter(None, curves), [])):
         rows.append(("mIoU, distance {:.1f}–{:.1f}".format(*part["distance"]),
                      [curve and curve[n]["miou"] for curve in curves]))
-    rule = len(rows) + 1
     rows += [(name, [result["iou"][name] for result in results.values()]) for name in classes]
     heads = [name.replace("linear_probe_", "LP ") for name in results]
     wide, width = max(11, *map(len, heads)), max(18, *(len(name) for name, _ in rows))
@@ -406,7 +393,7 @@ def table(results, classes):
     for name, values in rows:
         cells = ["–" if value is None else f"{value:.2f}" for value in values]
         lines.append(f"{printable(name):{width}}" + "".join(f" {cell:>{wide}}" for cell in cells))
-    lines.insert(rule, "-" * len(lines[0]))
+    lines.insert(-len(classes), "-" * len(lines[0]))
     return "\n".join(lines)
 
 
@@ -437,15 +424,15 @@ def linear_probe(segment, data, device, epochs=60, workers=0, seed=0, batch=2048
     progress = Progress("features", len(data))
     for view, label in read_ahead(read, range(len(data)), workers):
         (h, w), (stages, padded) = view.shape[1:], segment.stages(view[None].to(device))
-        features = {name: x[0].flatten(1).T.half() for name, (x, _) in stages.items()}
+        features = [x[0].flatten(1).T.half() for x, _ in stages.values()]
         label = F.interpolate(label[None, None].float(), (h, w), mode="nearest-exact")[0]
         label = F.pad(label, (0, padded[1] - w, 0, padded[0] - h), value=VOID)
         shares = F.adaptive_avg_pool2d((label == torch.arange(C)[:, None, None]).float(),
                                        next(iter(stages.values()))[0].shape[2:]).flatten(1).T
-        most = memory * 2**30 // (2 * len(data) * sum(x.shape[1] for x in features.values()))
+        most = memory * 2**30 // (2 * len(data) * sum(x.shape[1] for x in features))
         chosen = shares.sum(1).nonzero()[:, 0]
         chosen = chosen[torch.randperm(len(chosen), generator=generator)[:most]].to(device)
-        asked.append((shares.to(device)[chosen], *(x[chosen] for x in features.values())))
+        asked.append((shares.to(device)[chosen], *(x[chosen] for x in features)))
         progress.advance()
     progress.close()
     shares, *features = map(torch.cat, zip(*asked))
@@ -458,10 +445,9 @@ def linear_probe(segment, data, device, epochs=60, workers=0, seed=0, batch=2048
         for rows in torch.randperm(len(shares), generator=generator).to(device).split(batch):
             done = progress.done / progress.total
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * done)) / 2
-            loss = 0.0
-            for probe, x in zip(probes, features):
-                log_p = probe(x[rows].float()[..., None, None]).log_softmax(1)
-                loss = loss - (shares[rows] * log_p[..., 0, 0]).sum() / shares[rows].sum()
+            log_p = [probe(x[rows].float()[..., None, None]).log_softmax(1)[..., 0, 0]
+                     for probe, x in zip(probes, features)]
+            loss = -sum((shares[rows] * one).sum() for one in log_p) / shares[rows].sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -471,9 +457,8 @@ def linear_probe(segment, data, device, epochs=60, workers=0, seed=0, batch=2048
 
     @torch.no_grad()
     def predict(views, images):
-        stages, padded = segment.stages(views)
-        return {f"linear_probe_{name}": label_map(probe(x), padded, views.shape[2:],
-                                                  images.shape[2:])
+        stages, *extent = *segment.stages(views), views.shape[2:], images.shape[2:]
+        return {f"linear_probe_{name}": label_map(probe(x), *extent)
                 for probe, (name, (x, _)) in zip(probes, stages.items())}
 
     return predict
@@ -497,8 +482,7 @@ def comparison(segmenters, data, device, count=5):
         present |= set(torch.stack(maps).unique().tolist()) - {VOID}
         rows.append([image] + [overlay(image, m, data.palette) for m in maps])
     headings = ["image", "truth"] + [h for _, stages in segmenters for h in stages.values()]
-    return picture_sheet(rows, headings, present, data.classes, data.palette,
-                         cell=max(120, min(190, 960 // len(headings))))
+    return picture_sheet(rows, headings, present, data.classes, data.palette, cell=170)
 
 
 @torch.no_grad()
@@ -509,8 +493,8 @@ def heatmaps(segment, data, device, count=3, cell=136):
     the class of which MaskCLIP misses the most, whose true region is outlined: of Query and
     Reference, Z·Wqᵀ and Z·Wrᵀ, the bias Mb, rectified and decoded, M and Mo.
     """
-    network, rows, present = segment.network, [], set()
-    rectifier, Wr = network.rectifier, network.Wr
+    network, rectifier, Wr = segment.network, segment.network.rectifier, segment.network.Wr
+    rows, present = [], set()
     for i in evenly(len(data), count):
         image, label = data.image(i), data.label(i)
         view = resize_to_scale(image, segment.settings.scale)[None].to(device)
@@ -553,8 +537,8 @@ def confusion_figure(confusions, classes, colours):
 def chart(lines, ticks, title, width=900, height=480):
     """mIoU against a quantity. lines: {name: points}, a point is (x, mIoU, half the length of its
     error bar); ticks: values of x to mark, in ascending order; title: what x is."""
-    ends = [miou + end for points in lines.values() for _, miou, sd in points
-            for end in (-sd, sd)] or [0]
+    ends = [end for points in lines.values() for _, miou, sd in points
+            for end in (miou - sd, miou + sd)] or [0]
     step = next(step for step in (1, 2, 5, 10, 20) if max(ends) - min(ends) < 6 * step)
     low, high = step * math.floor(min(ends) / step), step * math.floor(max(ends) / step + 1)
     left, top, right, bottom = 60, 20 + 26 * len(lines), width - 25, height - 60
@@ -576,7 +560,7 @@ def chart(lines, ticks, title, width=900, height=480):
         draw.line([(across(x), up(miou)) for x, miou, _ in points], colour, 3)
         for x, miou, sd in points:
             draw.line((across(x), up(miou - sd), across(x), up(miou + sd)), colour, 2)
-            draw.circle((across(x), up(miou)), 5, colour)
+            draw.ellipse((across(x) - 5, up(miou) - 5, across(x) + 5, up(miou) + 5), colour)
         text((left, 15 + 26 * n), name, fill=colour, anchor="lm")
     return sheet
 
@@ -587,10 +571,8 @@ def chart(lines, ticks, title, width=900, height=480):
 
 def find_images(paths):
     """[(file, name)]: the image files among paths, and in the folders among them, as Paths.
-
-    name: of what is made of it, unlike the others': its path in the folder without ending; where
-    that is taken (photo.png beside photo.jpg, another folder's photo.jpg) with it, or a number.
-    Raises UserError for a path that is not there and an empty folder.
+    name: of what is made of it: its path in the folder without ending; where another has that
+    (photo.png beside photo.jpg) with it, or a number. Raises UserError where there is no image.
     """
     images = {}
     for path in paths:
@@ -598,8 +580,8 @@ def find_images(paths):
         if not inside:
             raise UserError(f"--images: no file {path}, or no images in it ({', '.join(PHOTOS)})")
         for i in inside:
-            stem = os.path.splitext(i)[0]
-            ways = itertools.chain([stem, i], (f"{stem}-{n}" for n in itertools.count(2)))
+            ways = itertools.chain([os.path.splitext(i)[0]],
+                                   (i + f"-{n}" * (n > 1) for n in itertools.count(1)))
             name = next(way for way in ways if way not in images)
             images[name] = path / i if path.is_dir() else path
     return [(file, name) for name, file in images.items()]
@@ -621,8 +603,7 @@ def predict(segment, stage, images, out, device, workers=0, confidence=False, un
     known, progress = out / "classes.json", Progress("predict", len(images))
     make_folder(out)
     if known.exists() and known.read_text("utf-8") != json.dumps(names):
-        raise UserError(f"{out} has the masks of other classes than {', '.join(names[:5])}; "
-                        "choose another folder with --out")
+        raise UserError(f"{out} has the masks of other classes; choose another folder with --out")
     write_text(known, json.dumps(names))
 
     def read(image):
@@ -774,8 +755,7 @@ def parse_arguments(argv):
     flag("--hypotheses", action="store_true", help="precision and recall of those in training")
     flag("--bias", action="store_true", help="class-preference and space-preference scores")
     flag("--figures", action="store_true", help="of the checkpoints given, or both in a folder")
-    flag("--linear-probe", action="store_true", help="NOT unsupervised: train a linear classifier "
-         "of the frozen features with the ground truth of the training images")
+    flag("--linear-probe", action="store_true", help="NOT unsupervised: it learns from labels")
     flag("--out", type=user_path, help="default: the checkpoint's; of --images predictions/ there")
     flag("--workers", type=natural, help="threads that read images (default: as in training)")
     flag("--device", help="default: cuda, else mps, else cpu")
@@ -803,7 +783,7 @@ def parse_arguments(argv):
             "bias", "figures", "linear_probe", "hypotheses", "count_absent"))):
         if one in given and other in given:
             raise UserError(f"--{one} and --{other} do not go together".replace("_", "-"))
-    if len(args.checkpoint or []) > 1 and (args.images or args.hypotheses):
+    if args.checkpoint and args.checkpoint[1:] and (args.images or args.hypotheses):
         raise UserError("--images and --hypotheses take one --checkpoint")
     if args.slide and args.slide[1] > args.slide[0]:
         raise UserError(f"--slide {args.slide}: a stride larger than the window leaves gaps")
@@ -814,7 +794,6 @@ def parse_arguments(argv):
 
 def assess(segment, data, args, device, bins):
     """({stage: confusion matrix}, {stage: what results.json holds of it}) of one Segmenter.
-
     With `bins` the matrices are those by distance. "standard" is what was evaluated, its training
     finished, on the validation images of its own data set in the way of its recipe.
     """
@@ -852,11 +831,10 @@ def assess(segment, data, args, device, bins):
             curve = distance_curve(confusion[:-1])
             result |= dict(
                 class_preference=class_preference(confusion.sum(0)),
-                space_preference=space_preference(curve),
-                objects="instance masks" if data.instances else "connected regions of a class",
-                distance_curve=[
+                space_preference=space_preference(curve), distance_curve=[
                     dict(distance=[i / bins, (i + 1) / bins], miou=miou, pixels=int(m.sum()))
-                    for i, (miou, m) in enumerate(zip(curve, confusion))])
+                    for i, (miou, m) in enumerate(zip(curve, confusion))],
+                objects="instance masks" if data.instances else "connected regions of a class")
         results[stage] = result
     return confusions, results
 
@@ -871,9 +849,9 @@ def draw_figures(shown, data, results, confusions, device, out):
     if not biased:
         print("no heatmaps.png: it needs MaskCLIP's masks and a bias logit map")
     for name, confusion in confusions.items():
-        slope = results[name]["space_preference"]
         totals[f"{name} ({results[name]['class_preference']:.2f})"] = confusion.sum(0)
-        lines[name + ("" if slope is None else f" (mean slope {slope:.2f})")] = [
+        slope = results[name]["space_preference"]
+        lines[name if slope is None else f"{name} (mean slope {slope:.2f})"] = [
             (sum(part["distance"]) / 2, part["miou"], 0)
             for part in results[name]["distance_curve"] if part["miou"] is not None]
     figures["confusion"] = confusion_figure(totals, data.classes, data.palette)
@@ -915,8 +893,7 @@ def main(argv=None):
     data = open_split(args, first, args.split)
     for segment in segmenters:
         if data.classes != segment.classes:
-            raise UserError(f"{segment.path} was made for other classes "
-                            f"({', '.join(segment.classes[:5])}, …) than {data.name}'s")
+            raise UserError(f"{segment.path} was made for other classes than {data.name}'s")
     if not data.has_labels:
         print(printable(f"{data.name} has no labels to compare with; masks of images: python "
                         f"evaluate.py --checkpoint {first.path} --images …"))
@@ -924,10 +901,10 @@ def main(argv=None):
     if args.hypotheses and (first.student or s.hypothesis == "none" or not hasattr(s, "cache")):
         raise UserError(f"--hypotheses: {first.path} was not trained with hypotheses of its own")
     make_folder(out)
+    bins, shown, confusions, results = BINS if args.bias or args.figures else 0, [], {}, {}
     several = len({segment.names[-1] for segment in segmenters}) < len(segmenters)
     titles = [segment.folder.name for segment in segmenters]
     titles = titles if len(set(titles)) == len(titles) else list(map(str, paths))
-    bins, shown, confusions, results = BINS if args.bias or args.figures else 0, [], {}, {}
     for segment, title in zip(segmenters, titles):
         found, own = assess(segment, data, args, device, bins)
         name = lambda stage: f"{title} {stage}" if several else stage

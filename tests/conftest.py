@@ -28,7 +28,12 @@ sys.path.insert(0, str(REPOSITORY))
 import data  # noqa: E402
 import distill  # noqa: E402
 import reclip  # noqa: E402
-from clip.model import CLIP, build_model  # noqa: E402
+from clip.model import CLIP  # noqa: E402
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # in small tests they would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +62,6 @@ def golden(name):
     """The recorded dictionary; its state dicts are float16, which .float() restores exactly."""
     with gzip.open(GOLDEN / f"{name}.pt.gz") as file:
         return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def golden_clip():
-    """The CLIP and the dictionary of golden's clip_vit and dense, and their dense features."""
-    recorded = golden("dense")
-    model = build_model(golden("clip_vit")["state_dict"]).requires_grad_(False)
-    return model, recorded, reclip.dense_features(model.visual, recorded["images"])
 
 
 def normal(*shape, seed=0):
@@ -145,13 +143,6 @@ def tiny_clip():
     return reclip.load_clip("shapes-tiny")
 
 
-class Bomb:
-    """Pickled, an order to make a file named `ran` in the working directory."""
-
-    def __reduce__(self):
-        return exec, ("open('ran', 'w').write('code')",)
-
-
 def save(path, pixels, mode=None):
     """Write a picture file; label maps with mode "P" get a palette, as VOC's have."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,15 +163,6 @@ def picture(path, size=(60, 40), mode="RGB", seed=0, **options):
 def voc_root(tmp_path):
     """VOC's tree with three photographs: two to train on, one to evaluate."""
     return shutil.copytree(REAL / "VOCdevkit", tmp_path / "voc" / "VOCdevkit").parent
-
-
-@pytest.fixture
-def cityscapes_root(tmp_path):
-    """Cityscapes' tree with one street scene, to train on and to evaluate."""
-    root = shutil.copytree(REAL / "cityscapes", tmp_path / "cityscapes")
-    for folder in ("leftImg8bit", "gtFine"):
-        shutil.copytree(root / folder / "val", root / folder / "train")
-    return root
 
 
 @pytest.fixture
@@ -219,16 +201,6 @@ def demo_copy(trained_demo, small_demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained_demo, "run")
     return Path("run")
-
-
-@pytest.fixture
-def demo(small_demo, tmp_path):
-    """demo(*arguments, out=…) → the folder of a short run of the small demo."""
-    def demo(*arguments, out="run", epochs=2):
-        run(reclip.main, "--out", tmp_path / out, "--epochs", epochs, *arguments)
-        return tmp_path / out
-
-    return demo
 
 
 def run(main, *arguments):

@@ -22,7 +22,7 @@ import distill
 import evaluate
 import reclip
 from clip.clip import TINY_PATH
-from conftest import (REAL, REPOSITORY, Bomb, SmallShapes, json_lines, learned, picture, python,
+from conftest import (REAL, REPOSITORY, SmallShapes, json_lines, learned, picture, python,
                       raising, random_clip, results, run, same, save, save_clip, snapshot)
 
 TRAIN = (reclip.main, "--out", "run", "--epochs", 3)  # the commands of conftest's trained_demo
@@ -39,8 +39,7 @@ def test_the_demo_from_another_folder(small_demo, tmp_path, monkeypatch, capsys)
     said = capsys.readouterr().out
     assert "mIoU" in said and "ladybug" in said and "distilled" in said
     before = learned(out), learned(out, "distill.pt"), results(out)
-    losses = [row["loss"] for row in json_lines(out / "log.jsonl")]
-    assert losses and all(0 < loss < 10 for loss in losses)
+    assert all(0 < row["loss"] < 10 for row in json_lines(out / "log.jsonl"))
     run(reclip.main, "--epochs", 6)  # trains nothing, prints the same table
     assert capsys.readouterr().out.count("\nmIoU") == 1
     run(evaluate.main, "--checkpoint", out, "--figures", "--bias", "--linear-probe")
@@ -109,7 +108,7 @@ def live(words, name, calls, *numbers):
 
 
 def process(*arguments):
-    """The exit code of `live`, forked from a process that has imported everything."""
+    """The exit code of `live` in a process forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "evaluate", "torchvision.transforms.v2"])
     child = context.Process(target=live, args=arguments)
@@ -144,8 +143,7 @@ def test_interrupted_and_repeated_is_undisturbed(demo_copy, trained_demo, monkey
     if kept is not None:
         half = learned(demo_copy, file)
         assert half["step"] == kept and not half["finished"]
-    if code == 130:
-        assert f"run/{file}" in said and said.strip().count("\n") <= 1
+    assert code != 130 or f"run/{file}" in said and said.strip().count("\n") <= 1
     assert process(words, name, 0) == 0, Path("errors.txt").read_text()
     assert same(learned(demo_copy, file), learned(trained_demo, file))
     log = "log.jsonl" if command is TRAIN else "log-distill.jsonl"
@@ -233,14 +231,10 @@ def launch(processes, folder, *words):
 
 
 def test_two_processes_are_one(tmp_path):
-    """Of ReCLIP, whose BatchNorm sees the positions alone, which are the same in each of them.
-
-    Halves of a batch add up in another order: 1e-7, until it tips a choice, which a few steps at a
-    tenth of the demo's rate do not.
-    """
+    """Of ReCLIP, whose BatchNorm sees the positions alone; soft masks, so that no choice tips."""
     for n in (1, 2):
         done = launch(n, tmp_path, "reclip", "--method", "reclip", "--out", f"run{n}", "--batch", 8,
-                      "--epochs", 2, "--lr", 0.003)
+                      "--epochs", 2, "--lr", 0.003, "--mask-temperature", 1)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("\nmIoU") == 1  # one process speaks
     one, two = learned(tmp_path / "run1"), learned(tmp_path / "run2")
@@ -249,8 +243,6 @@ def test_two_processes_are_one(tmp_path):
         torch.testing.assert_close(two["state"][name], value, atol=1e-5, rtol=1e-5)
     moved = [part["momentum_buffer"].abs().max() for part in one["optimizer"]["state"].values()]
     assert 0.003 * max(moved) > 1e-4  # wrong gradients would show
-    files = [sorted(path.name for path in (tmp_path / f"run{n}").iterdir()) for n in (1, 2)]
-    assert files[0] == files[1]
     done = launch(2, tmp_path, "evaluate", "--checkpoint", "run1", "--out", "again")
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "again") == results(tmp_path / "run1")
@@ -259,11 +251,8 @@ def test_two_processes_are_one(tmp_path):
 def test_none_is_left_when_one_fails(tmp_path):
     done = launch(3, tmp_path, "fails", "--out", "run", "--batch", 12, "--epochs", 1)
     assert done.returncode != 0 and "as if a GPU had failed" in done.stderr
-    pids = [int(path.name[4:]) for path in tmp_path.glob("pid-*")]
-    assert len(pids) == 3
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    pids = [path.name[4:] for path in tmp_path.glob("pid-*")]
+    assert len(pids) == 3 and not [pid for pid in pids if Path("/proc", pid).exists()]
 
 
 # ---- Mistakes: one line on stderr, exit code 2, nothing changed on disk -------------------------
@@ -280,12 +269,10 @@ def sound(trained_demo, tmp_path_factory):
     resnet = random_clip(vision_layers=[1, 1, 1, 1], vision_width=8, vision_patch_size=None,
                          image_resolution=32, vocab_size=9).state_dict()
     half_trained(shutil.copy(root / "run/reclip.pt", root / "half.pt"))
-    for name, value in dict(bomb=Bomb(), nested={"a": {"b": 1}}, resnet=resnet).items():
+    for name, value in dict(objects=Path("x"), nested={"a": 1}, resnet=resnet).items():
         torch.save(value, root / f"{name}.pt")
-    for name, content in {"words.pt": b"weights", "zero.pt": b"", "file": b"no folder",
-                          "none.txt": b"# none\n", "twice.txt": b"cat\ndog\nCat\n",
+    for name, content in {"file": b"no folder", "twice.txt": b"cat\ndog\nCat\n",
                           "many.txt": "\n".join(f"thing {n}" for n in range(256)).encode(),
-                          "latin.txt": "Löwe\n".encode("latin-1"),
                           "cut.pt": (root / "run/reclip.pt").read_bytes()[:20_000],
                           "cut.pt.gz": TINY_PATH.read_bytes()[:100_000]}.items():
         (root / name).write_bytes(content)
@@ -303,74 +290,52 @@ FOLDER = f"--clip clip.pt {PHOTOS}"
 SHORT = "reclip --epochs 3 --out run"  # the command that made the run
 CHECKPOINT = "evaluate --checkpoint run/reclip.pt"
 MISTAKES = f"""
-reclip --dataset voc --data-root nowhere                  | nowhere
 reclip --dataset voc --data-root empty                    | empty VOCdevkit
-reclip --dataset ade --data-root voc                      | voc ADEChallengeData2016
-reclip --dataset coco --data-root voc                     | coco voc
 reclip --dataset voc --data-root voc --classes cat        | --classes
 reclip {FOLDER} empty                                     | empty
 reclip --dataset folder --data-root good                  | --classes
-reclip --dataset folder --data-root good --classes 'a, a' | a repeated
 reclip --dataset folder --data-root good --classes gone.txt | gone.txt
-reclip --dataset folder --data-root good --classes none.txt | none.txt
 reclip --dataset folder --data-root good --classes twice.txt | cat twice.txt
 reclip --dataset folder --data-root good --classes many.txt | 256
-reclip --dataset folder --data-root good --classes latin.txt | latin.txt
 reclip {FOLDER} good --labels empty                       | empty
 reclip --seed {1 << 70}                                   | --seed
-reclip --lr nan                                           | --lr nan
-reclip --batch 0                                          | --batch 0
 reclip --epochs 2 --schedule 1                            | --schedule 1
 reclip --crop 8                                           | --crop 8
-reclip --crop-ratio 1.5                                   | --crop-ratio 1.5
 reclip --unknown 3                                        | --unknown
-reclip --method maskclip --decoder                        | maskclip
 reclip --tune-encoder --views 2                           | --tune-encoder --views
 reclip --device nonsense                                  | nonsense
 reclip --out file/run                                     | file/run
-reclip --download                                         | --download
 reclip --clip ViT-B/17                                    | ViT-B/17 RN50
-reclip --clip empty                                       | empty
 reclip --clip resnet.pt                                   | resnet.pt ResNet
-reclip --clip bomb.pt                                     | bomb.pt
-reclip --clip zero.pt                                     | zero.pt
+reclip --clip objects.pt                                  | objects.pt
 reclip --clip cut.pt.gz                                   | cut.pt.gz
 reclip --clip run/reclip.pt                               | run/reclip.pt
 {SHORT} --lr 0.02                                         | run/reclip.pt lr 0.03 → 0.02
 {SHORT} --seed 1                                          | run/reclip.pt seed 0 → 1
 {SHORT} --clip clip.pt                                    | run/reclip.pt clip
-{SHORT} {FOLDER} good                                     | run/reclip.pt
 evaluate                                                  | reclip.py
 {CHECKPOINT} --clip clip.pt                               | clip.pt
 {CHECKPOINT} --dataset voc                                | voc --data-root
 {CHECKPOINT} --slide 10 20                                | --slide
-{CHECKPOINT} --images empty                               | empty
 {CHECKPOINT} --images good --bias                         | --bias
-{CHECKPOINT} --out file                                   | file
-evaluate --checkpoint empty                               | empty
-evaluate --checkpoint clip.pt                             | clip.pt
 evaluate --checkpoint cut.pt                              | cut.pt
-evaluate --checkpoint run/results.json                    | results.json
 distill --teacher half.pt                                 | half.pt finished
-distill --teacher run/distill.pt                          | run/distill.pt
 distill --teacher run --epochs 2 --lr 0.001               | run/distill.pt lr 0.003 → 0.001
-distill --teacher run --losses depth                      | --losses depth
 distill --teacher run --head learned --losses text        | mask
-distill --teacher run --student small --backbone imagenet | small
 distill --teacher run --student resnet50 --backbone clip.pt | clip.pt
 data --dataset stuff --download                           | --download
 data {PHOTOS} cut                                         | cut/a.png
 data {PHOTOS} wrong --labels wrong/labels                 | a.png 77
 data {PHOTOS} other --labels other/labels                 | a.png 50
-data {PHOTOS} good --out file/sheet.png                   | file
 """
 
 
-@pytest.mark.parametrize("line", MISTAKES.strip().splitlines(), ids=lambda line: line.split(" | ")[0].strip())
-def test_one_line_and_nothing_changed(sound, tmp_path, monkeypatch, small_demo, mistake, line):
+@pytest.mark.parametrize("command, named", [
+    [part.strip() for part in line.split(" | ")] for line in MISTAKES.strip().splitlines()])
+def test_one_line_and_nothing_changed(sound, tmp_path, monkeypatch, small_demo, mistake, command,
+                                      named):
     shutil.copytree(sound, tmp_path / "place", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "place")
-    command, named = line.split(" | ")
     script, *words = shlex.split(command)
     before = snapshot(".")
     said = mistake(sys.modules[script].main, *words)
@@ -381,40 +346,31 @@ def test_one_line_and_nothing_changed(sound, tmp_path, monkeypatch, small_demo, 
 
 # ---- Files: what importing them does, and whom they import --------------------------------------
 
-LEVELS = ["clip", "data", "reclip", "distill", "evaluate"]
-PACKAGES = {"torch", "torchvision", "numpy", "PIL", "ftfy", "regex", *sys.stdlib_module_names}
-
-
-def imports(node, place=""):
-    """(place, package) of all imports below a node; place: the outermost function or class."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            yield from ((place, alias.name.split(".")[0]) for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            yield place, "clip" if child.level else child.module.split(".")[0]
-        yield from imports(child, place or getattr(child, "name", ""))
-
 
 def test_imports_point_downwards():
-    assert sorted(path.stem for path in REPOSITORY.glob("*.py")) == sorted(LEVELS[1:])
+    levels = ["clip", "data", "reclip", "distill", "evaluate"]
+    packages = {"torch", "torchvision", "numpy", "PIL", "ftfy", "regex", *sys.stdlib_module_names}
+    assert sorted(path.stem for path in REPOSITORY.glob("*.py")) == sorted(levels[1:])
     for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("clip/*.py")]:
-        name = "clip" if path.parent.name == "clip" else path.stem
-        below = PACKAGES.union({"clip"}, LEVELS[: LEVELS.index(name)])
-        for place, other in imports(ast.parse(path.read_text("utf-8"))):
-            last = other == "evaluate" and place == "main"  # two commands end with an evaluation
-            assert other in below or last, f"{path.name}: {place} imports {other}"
-            assert other != "torchvision" or place, f"{path.name}: torchvision takes seconds"
+        tree = ast.parse(path.read_text("utf-8"))
+        below = levels[: levels.index("clip" if path.parent.name == "clip" else path.stem)]
+        for node in ast.walk(tree):
+            names = [node.module or "clip"] if isinstance(node, ast.ImportFrom) else (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+            for name in (name.split(".")[0] for name in names if not getattr(node, "level", 0)):
+                inside = {"torchvision", "evaluate"} if node not in tree.body else set()
+                allowed = (packages - {"torchvision"}).union(below, {"clip"}, inside)
+                assert name in allowed, f"{path.name} imports {name}"
 
 
 def test_importing_does_nothing(tmp_path):
     done = python("-c", """
-import random, socket, sys, torch
+import socket, sys, torch
 socket.socket.connect = None
 state, threads = torch.get_rng_state(), torch.get_num_threads()
 import clip, data, reclip, distill, evaluate
 assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
-assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
-assert "torchvision" not in sys.modules and not torch.cuda.is_initialized()
+assert torch.is_grad_enabled() and "torchvision" not in sys.modules
 """, cwd=tmp_path, HOME=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
@@ -439,9 +395,10 @@ RECIPES = {  # longest and shortest side, crop, schedule, stopped after, batch, 
 OTHERS = {"voc": (0.07, 23, 2, 0.5, 100, 0.95), "context": (0.0, 20, 6, 0.6, 150, None),
           "ade": (0.0, 21, 5, 0.5, 150, None), "cityscapes": (0.07, 21.5, 2, 0.5, 100, None),
           "stuff": (0.0, 20, 8, 0.5, 50, 0.95)}
-ALWAYS = dict(clip="ViT-B/16", surgery="program", sigma=5.0, ratio=(0.5, 2.0), distort=True,
-              tau=0.01, momentum=0.9, weight_decay=5e-4, power=0.9, crop_ratio=1 / 6, views=0,
-              sign=-1, learn_query=False, tune_encoder=False)
+BOTH = dict(ratio=(0.5, 2.0), distort=True, tau=0.01, momentum=0.9, weight_decay=5e-4, power=0.9,
+            views=0)
+ALWAYS = BOTH | dict(clip="ViT-B/16", surgery="program", sigma=5.0, crop_ratio=1 / 6, sign=-1,
+                     learn_query=False, tune_encoder=False)
 
 
 @pytest.mark.parametrize("name, preset", RECIPES)
@@ -457,12 +414,10 @@ def test_recipes_of_benchmarks(name, preset):
                                 pd_temperature=0.01)
     scale, crop = RECIPES[name, "paper"][:2]
     student = distill.recipe(name)
-    expected = dict(student="resnet50", backbone="imagenet", ratio=(0.5, 2.0), distort=True,
-                    batch=16, optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, power=0.9,
-                    floor=1e-4, weights=dict(mask=1.0, feature=0.5, text=0.5), tau=0.01, views=0,
-                    scale=scale, crop=crop, epochs=epochs, pd=student_pd, pd_temperature=0.1,
-                    losses=("mask", "feature", "text"))
-    assert {**student, "losses": tuple(student["losses"])} == expected
+    assert student | dict(losses=tuple(student["losses"])) == BOTH | dict(
+        student="resnet50", backbone="imagenet", batch=16, optimizer="sgd", lr=0.01, floor=1e-4,
+        weights=dict(mask=1.0, feature=0.5, text=0.5), losses=("mask", "feature", "text"),
+        scale=scale, crop=crop, epochs=epochs, pd=student_pd, pd_temperature=0.1)
     if name in ("voc", "stuff"):  # what goes by their rows
         other = {"voc": "folder", "stuff": "stuff171"}[name]
         assert reclip.recipe(other, preset) == ours and distill.recipe(other) == student
@@ -470,9 +425,8 @@ def test_recipes_of_benchmarks(name, preset):
 
 def test_the_demos_recipe():
     ours, first = reclip.recipe("shapes"), reclip.recipe("shapes", method="reclip")
-    columns = [ours[key] for key in COLUMNS.split()]
-    assert columns == [(96, 96), 96, 10, 10, 16, 0.03, None]
-    assert ours["mask_temperature"] == 1.0 and ours["views"] == 2 and ours["surgery"] == "value"
+    assert [ours[key] for key in COLUMNS.split()] == [(96, 96), 96, 10, 10, 16, 0.03, None]
+    assert (ours["mask_temperature"], ours["views"], ours["surgery"]) == (1.0, 2, "value")
     assert (first["lr"], first["epochs"], first["mask_temperature"]) == (0.3, 20, 0.01)
     bare = reclip.recipe("shapes", decoder=False)
     assert (bare["mask_temperature"], bare["lr"], bare["epochs"]) == (0.01, 0.03, 10)

@@ -17,8 +17,7 @@ from conftest import run
 def test_every_row_has_a_command(dataset, preset):
     runs, rows = tables.all_runs(dataset, preset)
     used = {row["run"] for table in rows for row in table["rows"]}
-    assert used - {"–"} == runs.keys() and len(runs) > 40  # nothing is trained that no row shows
-    assert {teacher for teacher, _ in runs.values()} <= {None, *runs}
+    assert used == runs.keys() and len(runs) > 40  # nothing is trained that no row shows
     args = Namespace(out=Path("o"), dataset=dataset, preset=preset, passed_on=["--workers", "0"])
     found = {name: script.parse_arguments(words) for name in runs
              for script, words in [tables.command(name, 3, runs, args)]}

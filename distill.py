@@ -127,10 +127,7 @@ def pretrained_backbone(source, student="resnet50"):
 
 
 def load_backbone(backbone, state, source):
-    """Put a state dict into a ResNet, running statistics included.
-
-    Raises UserError, which names `source`, unless every key and shape fits.
-    """
+    """Put a state dict into a ResNet; UserError, naming `source`, unless all keys and shapes fit."""
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:
@@ -334,7 +331,10 @@ def feature_loss(Z, Z_hat, valid):
         for b, counts in enumerate(valid):
             for first in range(0, Z.shape[1], chunk):
                 part = (b, slice(first, first + chunk))
-                sign = sum(upsample(x[part], counts.shape) for x in plain).sign_().mul_(counts)
+                sign = upsample(plain[0][part], counts.shape)
+                for x in plain[1:]:
+                    sign += upsample(x[part], counts.shape)
+                sign.sign_().mul_(counts)
                 for T in weights:
                     T[part] = to_cells(sign, T.shape[2:])
     total = sum((part * T).sum() for part, T in zip(maps, weights))
@@ -431,8 +431,7 @@ def distillation_losses(logits, Z_hat, Z, labels, Wq, names, hypothesis=None, no
     teacher's; Wq: C×D; names: as in `best_name`; hypothesis: bool B×C, or None for the classes in
     the labels; noise: Gumbel noise B×C×h×w for the student's masks, or None for the teacher's.
     """
-    found, valid = {}, labels != VOID
-    weight = 1.0
+    found, valid, weight = {}, labels != VOID, 1.0
     if world() > 1:  # by its share of the pixels: so DDP's mean is that of all pixels
         pixels = valid.sum().float()
         dist.all_reduce(everyone := pixels.clone())

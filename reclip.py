@@ -1049,7 +1049,7 @@ def views_on(device, batch):
     """Coloured views of a batch of TrainingViews, B×3×H×W, and their sizes, B×2, on the device."""
     view, size = (to_device(batch[key], device) for key in ("view", "size"))
     if "colours" in batch:
-        view = photometric_distortion(view, to_device(batch["colours"], device))
+        view = photometric_distortion(view, batch["colours"])
     return view, size
 
 

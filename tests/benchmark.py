@@ -152,10 +152,7 @@ def rectification(model, device, args):
 
         def plain_loss(rectifier, features, noise):
             Z, Wr = F.normalize(features, dim=1), plain_texts(model, rectifier.reference)
-            Mb = reclip.classify(rectifier.position(p), Wr / Wr.norm())
-            M = reclip.classify(Z, rectifier.Wq) - Mb
-            logits = rectifier.decoder.norm(rectifier.decoder.conv(torch.cat([Z, M], 1)))
-            soft = (logits / 0.01 + noise).softmax(1)
+            soft = (rectifier(Z, p, Wr / Wr.norm())[1] / 0.01 + noise).softmax(1)
             hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
             pooled = torch.einsum("bchw,bdhw->bcd", hard + (soft - soft.detach()), Z)
             return reclip.contrastive_loss(pooled / Z[0, 0].numel() @ rectifier.Wq.T, present)
@@ -235,8 +232,7 @@ def distillation(model, device, args):
 
 def plain_label_map(logits, padded, view, size):
     """All classes at every pixel, as many at a time as make 2²⁶ numbers."""
-    best = label = None
-    chunk = max(1, 2**26 // (size[0] * size[1]))
+    best, chunk = None, max(1, 2**26 // (size[0] * size[1]))
     for k in range(0, logits.shape[1], chunk):
         part = F.interpolate(logits[:, k : k + chunk], padded, mode="bilinear")
         part = F.interpolate(part[..., : view[0], : view[1]], size, mode="bilinear")
@@ -306,7 +302,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("--quick", action="store_true", help="tiny sizes, each stage once: does it run?")
     flag("--device", default="cpu", help="default: cpu")
-    flag("--repeats", type=int, default=5, help="measurements behind each median (default: 5)")
+    flag("--repeats", type=int, default=5, help="behind each median, at most (default: 5)")
     flag("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -316,8 +312,6 @@ def main(argv=None):
     model = vit_b16(args.quick).to(device)
     for stage in args.stages:
         STAGES[stage](model, device, args)
-        if device.type == "cuda":
-            print(f"at most {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB so far")
 
 
 if __name__ == "__main__":

@@ -179,16 +179,14 @@ def half_trained(path):
 def test_full_disk(demo_copy, trained_demo, mistake, gone, size, command):
     if not gone:
         half_trained(demo_copy / "reclip.pt")
-    for pattern in gone.split():
-        for path in demo_copy.glob(pattern):
-            path.unlink()
+    for path in [path for pattern in gone.split() for path in demo_copy.glob(pattern)]:
+        path.unlink()
     before = snapshot("run")
     with largest_file(size):
         mistake(*command)
     after = snapshot("run")
-    for path, content in before.items():
-        assert "log" in path or after[path] == content, path
     assert not [path for path in after if "tmp" in path]
+    assert all("log" in path or after[path] == content for path, content in before.items())
     if gone:
         run(*command)  # with room again, it goes on
         for file in ("reclip.pt", "distill.pt"):
@@ -224,9 +222,8 @@ if sys.argv[1] == "fails":
 def launch(processes, folder, *words):
     """What comes of a command on the small demo in so many processes of torchrun, or one."""
     (folder / "program.py").write_text(PROGRAM)
-    torchrun = () if processes == 1 else (
-        "-m", "torch.distributed.run", "--nproc_per_node", processes, "--rdzv_backend", "c10d",
-        "--rdzv_endpoint", "localhost:0")
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", processes, "--rdzv_backend",
+                "c10d", "--rdzv_endpoint", "localhost:0") if processes > 1 else ()
     return python(*torchrun, folder / "program.py", *words, cwd=folder, OMP_NUM_THREADS="1")
 
 

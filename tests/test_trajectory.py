@@ -57,7 +57,7 @@ def plain_norm(norm, x):
 
 
 @pytest.mark.parametrize("method", ["reclip++", "reclip"])
-@pytest.mark.parametrize("h, w", [(21, 21), (3, 4), (30, 17)])
+@pytest.mark.parametrize("h, w", [(21, 21), (3, 4)])
 @pytest.mark.parametrize("layout", ["plain", "channels last"])
 def test_gradients_at_batch_1_with_batch_norm_written_out(method, h, w, layout):
     """PyTorch's CPU kernel of BatchNorm is wrong for one layout: none of ours may meet it."""

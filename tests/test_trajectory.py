@@ -73,7 +73,7 @@ def test_gradients_at_batch_1_with_batch_norm_written_out(method, h, w, layout):
 
     def gradients():
         rectifier.zero_grad()
-        loss = rectification_loss(rectifier, features, p, Wq, rectifier.texts(model)[1], present, noise,
+        loss = rectification_loss(rectifier, features, p, *rectifier.texts(model), present, noise,
                                   0.1, 0.5)
         loss.backward()
         return loss.item(), {k: v.grad.clone() for k, v in rectifier.named_parameters()}

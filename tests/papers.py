@@ -10,7 +10,7 @@ RECTIFIED = {
     "maskclip": "--method maskclip",
     "reclip": "--method reclip",
     "reclip++": "",
-    "reclip-decoder": "--method reclip --decoder",
+    "reclip-decoder": "--method reclip --decoder --hypothesis global",
     "reclip-decoder-crops": "--method reclip --decoder --hypothesis crops",
     "reclip-reference": "--method reclip --bias reference",
     "reclip-reference-query": "--method reclip --bias reference --learn-query",

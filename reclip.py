@@ -6,9 +6,6 @@
 Wang and Kang, "Learn to Rectify the Bias of CLIP for Unsupervised Semantic Segmentation", CVPR
 2024, and its extension ReCLIP++, 2024; sections and equations below are those of ReCLIP++.
 
-The method comes first, III-A to III-D, then its recipe, one training step and the loop, and
-inference. What keeps a run alive, checkpoints and the command follow.
-
 Shapes: B images, C classes, D joint channels of CLIP, h×w patches, H×W pixels, L prompt length.
 Maps are channels-first (Z: B×D×h×w; logits: B×C×h×w), text features are rows (Wq, Wr: C×D).
 """
@@ -19,6 +16,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import io
 import itertools
 import json
 import math
@@ -37,14 +35,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip
-from clip.model import MLP, merge_heads
+from clip.model import merge_heads
 from clip.weights import read_weights
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, Parser,
                   Progress, TrainingViews, UserError, ask_once, barrier, cached_views,
-                  check_dataset, clean_exit, count, download, draw_seed, evenly, fingerprint,
-                  gather, make_folder, name_counts, names_of, natural, normalise, open_dataset,
-                  parse_classes, photometric_distortion, positive, rank, read_ahead,
-                  replacing, seed_number, share, user_path, world, write_text)
+                  check_dataset, clean_exit, count, draw_seed, evenly, fingerprint, make_folder,
+                  name_counts, names_of, natural, normalise, open_dataset, parse_classes,
+                  photometric_distortion, positive, rank, read_ahead, replacing, seed_number,
+                  share, user_path, world, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -52,9 +50,7 @@ from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TE
 
 def resized_positions(visual, h, w):
     """CLIP's positional embedding for a grid of h×w patches, without the class token.
-
-    visual: a clip VisionTransformer. Returns p, 1×width×h×w (bicubic, align_corners=False).
-    """
+    visual: a clip VisionTransformer. Returns p, 1×width×h×w (bicubic, align_corners=False)."""
     grid = math.isqrt(len(visual.positional_embedding) - 1)
     p = visual.positional_embedding[1:].float().T.reshape(1, -1, grid, grid)
     return p if (h, w) == (grid, grid) else F.interpolate(p, (h, w), mode="bicubic")
@@ -62,11 +58,8 @@ def resized_positions(visual, h, w):
 
 def tokens_before_last_block(visual, images):
     """Everything of the image encoder but its last block, for images of any size.
-
-    visual: a clip VisionTransformer, which is read and not changed.
-    images: B×3×H×W, normalised; padded right and bottom with zeros to whole patches.
-    Returns tokens, B×(1+h·w)×width with the class token first, and the grid (h, w).
-    """
+    visual: a clip VisionTransformer; images: B×3×H×W, normalised; padded right and bottom with
+    zeros to whole patches. Returns B×(1+h·w)×width, the class token first, and the grid (h, w)."""
     patch = visual.conv1.weight.shape[-1]
     images = F.pad(images, (0, -images.shape[3] % patch, 0, -images.shape[2] % patch))
     x = visual.conv1(images)
@@ -98,10 +91,8 @@ SURGERIES = {
 
 def dense_features(visual, images, surgery="program", sigma=5.0):
     """Patch features in the space of the text features, before the L2 norm (Sec. III-A, MaskCLIP).
-
     surgery: what becomes of the last block, a key of SURGERIES; sigma: for "naclip", in patches.
-    images: B×3×H×W, normalised. Returns B×D×h×w; `F.normalize(…, dim=1)` of it is Z.
-    """
+    images: B×3×H×W, normalised. Returns B×D×h×w; `F.normalize(…, dim=1)` of it is Z."""
     x, grid = tokens_before_last_block(visual, images)
     block, patches, width = visual.transformer.resblocks[-1], x[:, 1:], x.shape[-1]
     attn, alike = block.attn, SURGERIES[surgery]["alike"]
@@ -122,8 +113,7 @@ def dense_features(visual, images, surgery="program", sigma=5.0):
 
 def neighbourhood(h, w, sigma, like):
     """NACLIP's addition to the logits of attention, exp(-‖i-j‖²/2σ²) of patches i and j:
-    h·w×(1+h·w), of the type and on the device of `like`; 0 for the class token.
-    """
+    h·w×(1+h·w), of the type and on the device of `like`; 0 for the class token."""
     place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).to(like.device).float()
     return F.pad(torch.exp(-torch.cdist(place, place) ** 2 / (2 * sigma**2)), (1, 0)).to(like.dtype)
 
@@ -131,10 +121,8 @@ def neighbourhood(h, w, sigma, like):
 @torch.no_grad()
 def query_features(model, classes, templates=TEMPLATES, batch=512):
     """Wq, C×D: unit-length mean of each class's unit-length features over all templates.
-
     model: a CLIP; classes: list of C names, of which one like "person, man, woman" is a class of
-    three names and has three rows (data.names_of); templates: strings with one {}.
-    """
+    three names and has three rows (data.names_of); templates: strings with one {}."""
     names = [name for one in classes for name in names_of(one)]
     tokens = clip.tokenize([t.format(name) for name in names for t in templates], truncate=True)
     # Attention is causal: what follows the end token changes nothing and need not be computed.
@@ -152,9 +140,9 @@ def classify(Z, W):
     return torch.einsum("bdhw,cd->bchw", Z, W)
 
 
-def best_name(logits, names):
+def best_name(logits, names=None):
     """Logits of names, B×K×…, of which each class has so many → of classes, B×C×…: the best's."""
-    if max(names) == 1:
+    if names is None or max(names) == 1:
         return logits
     return torch.stack([part.amax(1) for part in logits.split(names, 1)], 1)
 
@@ -165,13 +153,10 @@ def best_name(logits, names):
 
 class Reference(nn.Module):
     """Class-preference bias: learned words, shared by all classes, before each class name (Eq. 1).
-
-    The sequence is [start] v_1 … v_L name [end]. L is 73 where names have up to two tokens, and
-    gives way to longer names so that none loses its end token. forward(model) → Wr, C×D, divided
-    by the norm of the whole matrix; of a class with several names the mean of their features.
-    text: words to start from, and of its length, as the ablation does that learns the Query.
-    Raises UserError where a name leaves no room for a prompt.
-    """
+    The sequence is [start] v_1 … v_L name [end], L 73 or what longer names leave of it, so that
+    none loses its end. forward(model) → Wr, C×D, divided by the norm of the whole matrix; of a
+    class with several names the mean of their features. text: words to start from, and of its
+    length, to learn the Query (Table IV). Raises UserError for a name that leaves no room."""
 
     def __init__(self, model, classes, text=None):
         super().__init__()
@@ -183,8 +168,8 @@ class Reference(nn.Module):
         L = min(context - 4, context - 1 - longest)
         if L < 1:
             name = max(zip(map(len, self.endings), words))[1]
-            raise UserError(f"class name {name[:40]!r}… has {longest - 1} tokens and leaves no "
-                            f"room for a prompt; at most {context - 3} tokens fit")
+            raise UserError(f"class name {name[:40]!r}… leaves no room for a prompt: it may have "
+                            f"{context - 3} tokens, and has {longest - 1}")
         # Every word starts as the embedding of token 0, as in the authors' program.
         first = [0] * L if text is None else [i for i in clip.tokenize(text)[0].tolist() if i][1:-1]
         table = model.token_embedding.weight.detach()
@@ -205,13 +190,10 @@ class Reference(nn.Module):
 
 def encode_shared_prefix(model, prefix, endings):
     """CLIP's text features of C texts that begin alike, exactly, for little more than one's price.
-
-    Attention is causal, so the positions of a common beginning are the same for every text. One
-    sequence does for all: the beginning once, then the endings one after another, each token with
-    the position it has in its own text, and looking back at the beginning and its own ending alone.
+    Attention is causal, so one sequence does for all: the beginning once, then the endings, each
+    token with the position of its own text, looking back at the beginning and its own ending alone.
     model: a CLIP; prefix: P×width, embeddings of the common beginning, start token included;
-    endings: a tuple of C tuples of token ids, the end token last. Returns C×D, not normalised.
-    """
+    endings: a tuple of C tuples of token ids, the end token last. Returns C×D, not normalised."""
     tokens, place, seen, ends = shared_layout(len(prefix), endings, prefix.device)
     x = torch.cat([prefix, model.token_embedding(tokens)]) + model.positional_embedding[place]
     for block in model.transformer.resblocks:
@@ -227,12 +209,11 @@ def encode_shared_prefix(model, prefix, endings):
 @functools.lru_cache(8)
 def shared_layout(P, endings, device):
     """Of P common tokens and the N of all endings: the endings' ids, N; every token's position in
-    its own text, P+N; bool (P+N)×(P+N), which token looks at which; where the C end tokens are.
-    """
-    tokens = torch.tensor([i for ids in endings for i in ids], device=device)
-    place = torch.tensor([*range(P), *(P + i for ids in endings for i in range(len(ids)))],
-                         device=device)
-    text = torch.tensor([-1] * P + [c for c, ids in enumerate(endings) for _ in ids], device=device)
+    its own text, P+N; bool (P+N)×(P+N), which token looks at which; where the C end tokens are."""
+    tokens = [i for ids in endings for i in ids]
+    place = [*range(P), *(P + i for ids in endings for i in range(len(ids)))]
+    text = [-1] * P + [c for c, ids in enumerate(endings) for _ in ids]
+    tokens, place, text = (torch.tensor(x, device=device) for x in (tokens, place, text))
     seen = ((text[:, None] == text) | (text == -1)) & (place[:, None] >= place)
     ends = torch.tensor([len(ids) for ids in endings], device=device).cumsum(0) + P - 1
     return tokens, place, seen, ends
@@ -240,11 +221,8 @@ def shared_layout(P, endings, device):
 
 class PositionLogits(nn.Sequential):
     """Space-preference bias of ReCLIP: three 3×3 convolutions of the positional embedding.
-
-    forward(p): 1×width×h×w → Mp, 1×C×h×w; the hidden widths are 2/3 and 1/3 of the encoder's, 512
-    and 256 for ViT-B. (The CVPR paper's text has one channel for all classes; that would change no
-    argmax. The authors' program, and so ours, has one for each.)
-    """
+    forward(p): 1×width×h×w → Mp, 1×C×h×w, a channel a class as in the authors' program (the text
+    of ReCLIP has one); hidden widths 2/3 and 1/3 of the encoder's, 512 and 256 for ViT-B."""
 
     def __init__(self, width, C, hidden=None):
         widths = [width, *(hidden or (2 * width // 3, width // 3)), C]
@@ -262,9 +240,7 @@ class PositionLogits(nn.Sequential):
 
 class Decoder(nn.Module):
     """Mo (Eq. 4): rectified logits in the context of their neighbourhood, a 5×5 convolution and BN.
-
-    forward(Z, M): B×D×h×w, B×C×h×w → B×C×h×w.
-    """
+    forward(Z, M): B×D×h×w, B×C×h×w → B×C×h×w."""
 
     def __init__(self, D, C):
         super().__init__()
@@ -286,21 +262,17 @@ METHODS = {"reclip++": ("independent", True), "reclip": ("joint", False),
 
 class Rectifier(nn.Module):
     """All that ReCLIP learns on top of a frozen CLIP, which it is given and does not contain.
-
     model: a CLIP with a ViT image encoder; classes: C names; Wq: C×D (a row for each name).
     bias: how Mb is extracted: "independent" (ReCLIP++), "joint" (ReCLIP), "reference" (ReCLIP
     without its positional part) or "none". decoder: whether M passes through one.
     Ablations: sign +1 adds the bias (Table V) instead of subtracting it (Eq. 3); learn_query learns
-    the Query's prompt too (Table IV); visual: None, or an image encoder to fine-tune (Table VI).
-    """
+    the Query's prompt too (Table IV); visual: None, or an image encoder to fine-tune (Table VI)."""
 
     def __init__(self, model, classes, Wq, bias="independent", decoder=True, sign=-1,
                  learn_query=False, visual=None):
         super().__init__()
         C, D, width = len(classes), Wq.shape[1], model.visual.proj.shape[0]
         self.kind, self.sign, self.names = bias, sign, name_counts(classes)
-        if len(Wq) != sum(self.names):
-            raise ValueError(f"{len(Wq)} rows of Wq for {sum(self.names)} names")
         self.register_buffer("Wq", Wq.clone())
         if bias != "none":
             self.reference = Reference(model, classes)
@@ -315,28 +287,23 @@ class Rectifier(nn.Module):
 
     def bias(self, Z, p, Wr):
         """Mb, the bias logit map (Eq. 2): Z B×D×h×w, p 1×width×h×w, Wr C×D → 1×C×h×w or B×C×h×w.
-
         ReCLIP++ encodes the two biases apart: Mb = Wp·Wrᵀ, the same for every image.
-        ReCLIP lets the image in: Mb = Mr + Mp with Mr = Z·Wrᵀ.
-        """
+        ReCLIP lets the image in: Mb = Mr + Mp with Mr = Z·Wrᵀ."""
         if self.kind == "independent":
             return classify(self.position(p), Wr)
         Mr = classify(Z, Wr)
         return Mr + self.position(p) if self.kind == "joint" else Mr
 
     def forward(self, Z, p, Wr, Wq=None):
-        """Query logits and rectified logits (Eqs. 3 and 4), both B×C×h×w.
-
-        Z: B×D×h×w, unit length over D; p: 1×width×h×w; Wr: C×D, or None without a bias; Wq: C×D,
-        the fixed one by default.
-        """
+        """Query logits and rectified logits (Eqs. 3 and 4), both B×C×h×w. Z: B×D×h×w, of unit
+        length over D; p: 1×width×h×w; Wr: C×D or None; Wq: C×D, by default the fixed one."""
         Mq = M = best_name(classify(Z, self.Wq if Wq is None else Wq), self.names)
         if self.kind != "none":
             M = Mq + self.sign * self.bias(Z, p, Wr)
         return Mq, self.decoder(Z, M) if hasattr(self, "decoder") else M
 
     def texts(self, model):
-        """Wq and Wr (None without a bias) as they are now, with gradients where they are learned."""
+        """Wq and Wr (None without a bias) as they are now, with gradients where learned."""
         Wq = self.Wq
         if self.query is not None:
             Wq = F.normalize(self.query.encode(model), dim=1)
@@ -346,10 +313,8 @@ class Rectifier(nn.Module):
 
 def gumbel_masks(logits, temperature, noise=0.0):
     """One-hot masks over the classes with the gradient of a softmax (Eq. 5).
-
     logits: B×C×h×w; temperature: τ1; noise: standard Gumbel noise of the same shape, or 0.
-    Returns B×C×h×w: exactly 0 and 1 forward, softmax(logits / τ1 + noise) backward.
-    """
+    Returns B×C×h×w: exactly 0 and 1 forward, softmax(logits / τ1 + noise) backward."""
     scaled = logits / temperature + noise
     # What is less than e⁻⁵⁰ of the likeliest class is raised to that, which no float32 sum notices:
     # subnormal probabilities and gradients would make the backward pass ten times slower on a CPU.
@@ -368,59 +333,41 @@ def gumbel_noise(shape, seeds, device="cpu"):
 
 
 # ------------------------------------------------------------------------------------------------
-# III-D  Contrastive loss
+# III-D  Contrastive loss, and the image-level multi-label hypotheses that it learns from
 
 
 def masked_pooling(masks, features):
     """Mean of mask·feature over all n patches: B×C×h×w, B×K×h×w → B×C×K.
-
     Divided by n and not by the mask's area, as in the authors' program: a larger mask gives larger
     logits, and without that signal training collapses. Pooling is linear, so pooling Mq instead of
-    Z gives the similarities Z_g·Wqᵀ at C/D of the cost (where each class has one name).
-    """
+    Z gives the similarities Z_g·Wqᵀ at C/D of the cost (where each class has one name)."""
     return torch.einsum("bchw,bkhw->bck", masks, features) / masks[0, 0].numel()
 
 
 def contrastive_loss(similarities, hypothesis, tau=0.01):
     """Eq. 7: each class of an image's hypothesis should recognise itself in its masked feature.
-
     similarities: B×C×C, S[k, j] of the feature under the mask of class k to the text of class j;
-    hypothesis: bool B×C. Mean over the classes of an image, then over all B images; an image
-    without a hypothesis adds nothing.
-    """
+    hypothesis: bool B×C. Mean over an image's classes, then over all B images, also empty ones."""
     log_p = (similarities / tau).log_softmax(-1).diagonal(dim1=1, dim2=2)  # B×C
     present = hypothesis.sum(1).clamp(min=1)
     return -((log_p * hypothesis).sum(1) / present).mean()
 
 
-# ------------------------------------------------------------------------------------------------
-# III-D  Image-level multi-label hypotheses
-
-
 def crop_windows(H, W, r):
-    """Windows (top, left, height, width) of r times the image's sides, half a window apart.
-
-    r = 1/6 gives 11×11. Where 2/r is no whole number they overlap a little more.
-    """
+    """Windows (top, left, height, width) of r times the image's sides, half a window apart: 11×11
+    for r = 1/6. Where 2/r is no whole number they overlap a little more."""
     height, width = max(1, round(r * H)), max(1, round(r * W))
     steps = math.ceil(2 / r - 1e-9) - 1
-
-    def starts(side, window):
-        return [round(i * (side - window) / max(1, steps - 1)) for i in range(steps)]
-
-    return [(top, left, height, width) for top in starts(H, height) for left in starts(W, width)]
+    tops, lefts = ([round(i * rest / max(1, steps - 1)) for i in range(steps)]
+                   for rest in (H - height, W - width))
+    return [(top, left, height, width) for top in tops for left in lefts]
 
 
 def cut_crops(image, r, side):
     """The crops of crop_windows as CLIP sees an image: shorter side to `side`, centre, square.
-
-    image: uint8 3×H×W. Returns uint8 (number of windows)×3×side×side.
-    """
-    H, W = image.shape[1:]
-    windows = crop_windows(H, W, r)
-    height, width = windows[0][2:]
-    crops = torch.stack([image[:, t : t + height, l : l + width] for t, l, *_ in windows])
-    return clip_view(crops, side)
+    image: uint8 3×H×W. Returns uint8 (number of windows)×3×side×side."""
+    windows = crop_windows(*image.shape[1:], r)
+    return clip_view(torch.stack([image[:, t : t + h, l : l + w] for t, l, h, w in windows]), side)
 
 
 def clip_view(images, side):
@@ -440,14 +387,12 @@ def clip_features(model, views, amp=False, batch=512):
 
 
 def crop_votes(model, images, Wq, r, amp=False, names=None):
-    """How many crops of each image every class wins (Sec. III-D).
-
+    """How many crops of each image every class wins (Sec. III-D), int64 len(images)×C.
     model: a CLIP; images: list of uint8 3×H×W, of any sizes; Wq: C×D; r: side of a crop relative to
-    the image's; amp: encode in bf16; names: as in `best_name`. Returns int64 len(images)×C.
-    """
+    the image's; amp: encode in bf16; names: as in `best_name`."""
     crops = torch.cat([cut_crops(image, r, model.visual.input_resolution) for image in images])
     # argmax needs no unit length: it is the same for every class
-    scores = best_name(clip_features(model, crops, amp) @ Wq.T, names or [1] * len(Wq))
+    scores = best_name(clip_features(model, crops, amp) @ Wq.T, names)
     winner = scores.argmax(1).unflatten(0, (len(images), -1))
     return F.one_hot(winner, scores.shape[1]).sum(1)
 
@@ -458,20 +403,15 @@ def crop_hypothesis(counts, t):
 
 
 def global_scores(model, images, Wq, amp=False, names=None):
-    """100·cosine of images, as CLIP sees them (their centre), to each class (ReCLIP).
-
-    Arguments as of `crop_votes`. Returns float32 len(images)×C.
-    """
+    """100·cosine of images, as CLIP sees them (their centre), to each class (ReCLIP), float32
+    len(images)×C. Arguments as of `crop_votes`."""
     views = torch.stack([clip_view(image, model.visual.input_resolution) for image in images])
     features = F.normalize(clip_features(model, views, amp), dim=-1)
-    return best_name(100 * (features @ Wq.T), names or [1] * len(Wq))
+    return best_name(100 * (features @ Wq.T), names)
 
 
 def global_hypothesis(scores, threshold, top):
-    """ReCLIP: classes whose 100·cosine to the image reaches a threshold, else the best `top`.
-
-    scores: B×C → bool B×C.
-    """
+    """ReCLIP: classes that reach a threshold on 100·cosine, else the best `top`; B×C → bool B×C."""
     chosen = scores >= threshold
     best = scores >= scores.topk(min(top, scores.shape[1]), 1).values[:, -1:]
     return torch.where(chosen.any(1, keepdim=True), chosen, best)
@@ -480,11 +420,9 @@ def global_hypothesis(scores, threshold, top):
 @torch.no_grad()
 def make_hypotheses(data, model, Wq, s, folder, device):
     """The hypotheses of the images of `data`, as a function: indices of B images → bool B×C.
-
-    What they are decided from (how many crops each class won, or 100·cosine to each class) is kept
-    in `folder`, so thresholds can be changed without encoding again. s: settings hypothesis,
-    crop_ratio, threshold, top, activation, heads, amp, workers.
-    """
+    What they are decided from (crops that each class won, or 100·cosine) is kept in `folder`, so
+    thresholds can be changed without encoding again. s: settings hypothesis, crop_ratio, threshold,
+    top, activation, heads, amp, workers."""
     crops, names = s.hypothesis == "crops", name_counts(data.classes)
     if s.learn_query:  # hypotheses are the fixed Query's
         Wq = query_features(model, data.classes)
@@ -500,27 +438,24 @@ def make_hypotheses(data, model, Wq, s, folder, device):
         return dict(scores=crop_votes(model, images, Wq, s.crop_ratio, s.amp, names) if crops else
                     global_scores(model, images, Wq, s.amp, names))
 
+    def hypothesis(indices):
+        scores = records.rows(torch.as_tensor(indices).tolist())["scores"].astype(np.float64)
+        return (crop_hypothesis(torch.from_numpy(scores), s.threshold) if crops else
+                global_hypothesis(torch.from_numpy(scores), s.threshold, s.top))
+
     fields = dict(scores=(np.int16 if crops else np.float32, (len(names),)))
     records = ask_once(folder, "hypotheses", facts, fields, blocks,
                        lambda block: [data.image(i) for i in block], ask, s.workers)
-
-    def hypothesis(indices):
-        rows = records.rows(torch.as_tensor(indices).tolist())
-        scores = torch.from_numpy(rows["scores"].astype(np.float64))
-        return (crop_hypothesis(scores, s.threshold) if crops else
-                global_hypothesis(scores, s.threshold, s.top))
-
     return hypothesis
 
 
 # ------------------------------------------------------------------------------------------------
-# IV-A  The recipe: the published settings
+# IV-A  The recipe of the papers, one training step, and the loop
 
 ALWAYS = dict(
     clip="ViT-B/16", surgery="program", sigma=5.0, ratio=(0.5, 2.0), distort=True,  # views
     tau=0.01, momentum=0.9, weight_decay=5e-4, power=0.9,  # loss and SGD
-    crop_ratio=1 / 6,  # r
-    views=0,  # fresh augmentation in every epoch
+    crop_ratio=1 / 6, views=0,  # r; fresh augmentation in every epoch
     learn_query=False, tune_encoder=False,  # ablations
 )
 RELEASE = {  # the authors' settings of July 2025; training stops after `epochs` of the schedule
@@ -550,27 +485,22 @@ ROWS = {"folder": "voc", "stuff171": "stuff"}  # data sets without a row of thei
 
 def recipe(dataset, preset="release", method="reclip++", **given):
     """The published settings of a data set as a dict; `folder` uses VOC's. Raises UserError.
-
-    given: single values in their place; what follows from them (the threshold of another kind of
-    hypothesis, the prompt denoising of another head) follows.
-    """
+    given: single values in their place, from which others, such as the threshold, follow."""
     check_dataset(dataset)
     row = ROWS.get(dataset, dataset)
-    columns = ("scale", "crop", "schedule", "epochs", "batch", "lr", "pd")
-    values = DEMO if row == "shapes" else {"release": RELEASE, "paper": PAPER}[preset][row]
-    s = ALWAYS | dict(zip(columns, values)) | (DEMO_ONLY if row == "shapes" else {})
+    demo, columns = row == "shapes", ("scale", "crop", "schedule", "epochs", "batch", "lr", "pd")
+    values = DEMO if demo else {"release": RELEASE, "paper": PAPER}[preset][row]
+    s = ALWAYS | dict(zip(columns, values)) | (DEMO_ONLY if demo else {})
     s["bias"], s["decoder"], s["sign"] = *METHODS[method], -1
     s["hypothesis"] = {"reclip++": "crops", "maskclip": "none"}.get(
-        method, "crops" if row == "shapes" else "global")  # which serve ReCLIP better on the demo
+        method, "crops" if demo else "global")  # which serve ReCLIP better on the demo
     s |= given
-    s["mask_temperature"] = 0.01 if s["decoder"] else 0.001  # τ1
-    if row == "shapes":
-        # Behind a decoder softer masks: sharp ones make a class die now and then. Without one, τ1
-        # is below the distance of a patch's best two cosines, 0.06 to 0.09.
-        s["mask_temperature"] = 1.0 if s["decoder"] else 0.01
-        if s["bias"] == "joint" and not s["decoder"]:
-            # Mp starts with BatchNorm's spread of 1, and shrinks with learning rate times steps.
-            s |= dict(lr=0.3, epochs=20, schedule=20)
+    # τ1. The demo's decoder needs softer masks: sharp ones make a class die now and then. Without
+    # one, τ1 is below the distance of a patch's best two cosines, there 0.06 to 0.09.
+    s["mask_temperature"] = (1.0 if demo else 0.01) if s["decoder"] else (0.01 if demo else 0.001)
+    if demo and s["bias"] == "joint" and not s["decoder"]:
+        # Mp starts with BatchNorm's spread of 1, and shrinks with learning rate times steps.
+        s |= dict(lr=0.3, epochs=20, schedule=20)
     s["threshold"], s["top"] = (GLOBAL[row] if s["hypothesis"] == "global" else
                                 (CROPS.get(row, 0.0), 0))
     s["pd"], s["pd_temperature"] = head_denoising(row, s["bias"], s["decoder"], s["pd"])
@@ -579,10 +509,8 @@ def recipe(dataset, preset="release", method="reclip++", **given):
 
 def head_denoising(dataset, bias, decoder, pd):
     """Prompt denoising and its temperature belong to what the logits are: (PD, temperature).
-
     pd: ReCLIP++'s, which is for logits that a decoder's BatchNorm has widened. Without a decoder
-    ReCLIP's; none for MaskCLIP, whose logits are cosines, and on the demo.
-    """
+    ReCLIP's; none for MaskCLIP, whose logits are cosines, and on the demo."""
     if decoder:
         return pd, 0.1
     if bias == "none" or dataset == "shapes":
@@ -590,17 +518,10 @@ def head_denoising(dataset, bias, decoder, pd):
     return {"context": 0.6}.get(dataset, 0.5), 0.01  # the authors' settings of ReCLIP
 
 
-# ------------------------------------------------------------------------------------------------
-# Training: one step, and the loop
-
-
 def rectification_loss(network, features, p, Wq, Wr, hypothesis, noise, tau, mask_temperature):
-    """One training step: from what CLIP says of B views, and their hypotheses, to the loss.
-
-    network: a Rectifier; features: B×D×h×w, not normalised; p: 1×width×h×w; Wq, Wr: C×D;
-    hypothesis: bool B×C; noise: B×C×h×w, Gumbel; tau, mask_temperature: τ and τ1. Returns a 0-dim
-    tensor.
-    """
+    """One training step: from features, B×D×h×w, not normalised, to the loss, a 0-dim tensor.
+    network: a Rectifier; p: 1×width×h×w; Wq, Wr: C×D; hypothesis: bool B×C; noise: B×C×h×w, Gumbel;
+    tau, mask_temperature: τ and τ1."""
     Z = F.normalize(features, dim=1)  # III-A
     Mq, logits = network(Z, p, Wr, Wq)  # III-B and III-C
     masks = gumbel_masks(logits, mask_temperature, noise)
@@ -609,10 +530,8 @@ def rectification_loss(network, features, p, Wq, Wr, hypothesis, noise, tau, mas
 
 def train(s, data, model, rectifier, hypothesis, run, device):
     """Learn the bias of CLIP on `data` (Sec. IV-A).
-
     s: settings, as `recipe` and the command line give them; data: SegmentationData, of which only
-    images are opened; hypothesis: a function, indices of B images → bool B×C; run: the Run.
-    """
+    images are opened; hypothesis: a function, indices of B images → bool B×C; run: the Run."""
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay, fused=True)
     visual = rectifier.visual or image_encoder(model, s.preset)
@@ -652,10 +571,8 @@ def train(s, data, model, rectifier, hypothesis, run, device):
 
 def encode_views(visual, views, preset, surgery, sigma=5.0, amp=False, sizes=None):
     """Dense features, float32 B×D×h×w, not normalised, of uint8 views B×3×H×W.
-
     visual, preset: as `image_encoder` has them; surgery, sigma: as in `dense_features`; amp: in
-    bf16; sizes: B×2, (h, w) of what is not padding, or None.
-    """
+    bf16; sizes: B×2, (h, w) of what is not padding, or None."""
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if preset == "paper" else (CLIP_MEAN, CLIP_STD)
     images = normalise(views, mean, std, sizes)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
@@ -663,11 +580,8 @@ def encode_views(visual, views, preset, surgery, sigma=5.0, amp=False, sizes=Non
 
 
 class RectifiedCLIP:
-    """A Rectifier with its CLIP: images in, Query and rectified logits out.
-
-    rectifier: on the CPU or where the CLIP is; Wr: C×D, or None without a bias; settings: a
-    namespace with preset, surgery, sigma, method and the values of evaluation (`recipe`).
-    """
+    """A Rectifier with its CLIP: images in, Query and rectified logits out. Wr: C×D, or None;
+    settings: a namespace with preset, surgery, sigma, method and the values of evaluation."""
 
     def __init__(self, model, rectifier, Wr, classes, settings):
         device = model.visual.proj.device
@@ -694,11 +608,9 @@ class RectifiedCLIP:
 
 def prompt_denoising(logits, pd, temperature):
     """Switch off the classes that are nowhere likely (PD, MaskCLIP): their logits become -100.
-
     A class stays if its highest softmax(logits / temperature) over the image reaches pd; the most
     likely class always does. logits: B×C×h×w; pd: 0…1 or None for all. In float32: VOC's PD of 1.0
-    keeps the classes whose float32 probability rounds to 1.
-    """
+    keeps the classes whose float32 probability rounds to 1."""
     if pd is None:
         return logits
     confidence = (logits.float() / temperature).softmax(1).amax((2, 3))  # B×C
@@ -708,121 +620,103 @@ def prompt_denoising(logits, pd, temperature):
 
 @functools.lru_cache(64)
 def interpolation(n, padded, view, size, device):
-    """size×n: what linear upsampling does along one side, as a matrix: n cells to `padded` pixels,
-    of which the first `view` are kept, and these to `size`.
-    """
+    """size×n, linear upsampling along a side as a matrix: n cells to `padded` pixels, of which the
+    first `view` are kept, and these to `size`."""
     weights = F.interpolate(torch.eye(n, device=device)[None], padded, mode="linear")[..., :view]
     return F.interpolate(weights, size, mode="linear")[0].T
 
 
 def label_map(logits, padded, view, size):
     """Class of every pixel: logits upsampled (bilinear) to the network's input, then to the label.
-
     logits: B×C×h×w, covering `padded` (height, width) pixels, of which the top left `view` are the
     image, whose label has `size`. Returns int64 B×H×W. Block by block: a pixel is a weighted mean
     of the cells around it, so within a block a class whose greatest cell is below another's least
-    wins no pixel, and need not be upsampled. Raises UserError for logits that are not finite.
-    """
+    wins no pixel, and need not be upsampled. Raises UserError for logits that are not finite."""
     if not logits.isfinite().all():
         raise UserError("the logits are not all finite; are the weights damaged?")
-    rows, columns = (interpolation(*side, logits.device)
-                     for side in zip(logits.shape[2:], padded, view, size))
-    cell = max(map(math.ceil, (size[0] / logits.shape[2], size[1] / logits.shape[3])))
-    block = min(max(2 * cell, 64), 128) if logits.device.type == "cpu" else 1024
-    labels = torch.empty(len(logits), *size, dtype=torch.int64, device=logits.device)
+    block = 96 if logits.device.type == "cpu" else 1024
 
-    def parts(matrix):
-        """Of every block of a side: the cells that it needs, and their weights."""
-        for weights in matrix.split(block):
-            used = weights.amax(0).nonzero()[:, 0].tolist()
-            cells = slice(used[0], used[-1] + 1)
+    def blocks(*side):
+        """Of every block of a side the cells that it needs, and their weights."""
+        for weights in interpolation(*side, logits.device).split(block):
+            used = weights.amax(0).nonzero()
+            cells = slice(int(used[0]), int(used[-1]) + 1)
             yield cells, weights[:, cells]
 
-    down, across = list(parts(rows)), list(parts(columns))
+    down, across = (list(blocks(*side)) for side in zip(logits.shape[2:], padded, view, size))
+    labels = torch.empty(len(logits), *size, dtype=torch.int64, device=logits.device)
     for one, label in zip(logits, labels):
-        for (a, row_weights), strip in zip(down, label.split(block)):
-            for (b, column_weights), part in zip(across, strip.split(block, 1)):
+        for (a, rows), strip in zip(down, label.split(block)):
+            for (b, columns), part in zip(across, strip.split(block, 1)):
                 cells = one[:, a, b]
-                lowest = cells.amin((1, 2)).max()
-                possible = (cells.amax((1, 2)) >= lowest).nonzero()[:, 0]
-                upsampled = row_weights @ cells[possible] @ column_weights.T
-                part.copy_(possible[upsampled.max(0)[1]])
+                possible = (cells.amax((1, 2)) >= cells.amin((1, 2)).max()).nonzero()[:, 0]
+                part.copy_(possible[(rows @ cells[possible] @ columns.T).max(0)[1]])
     return labels
 
 
 # ------------------------------------------------------------------------------------------------
-# What keeps a run alive: its batches, its checkpoint, its log, and when it stops
+# Running: what keeps a run alive, its checkpoint, networks, devices, processes (by torchrun)
 
-STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # What may change when resuming: machine and places; weights are told apart by fingerprints.
-MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "download", "clip", "teacher",
-           "labels", "labels_offset"}
+MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "clip", "teacher", "labels",
+           "labels_offset"}
 FORMAT = 2  # of checkpoints; those of earlier versions are refused
 
 
 class Run:
     """A training run that may be interrupted at any time: its checkpoint, and a log of how it went.
-
-    path: of the checkpoint; s: settings; data: a SegmentationData; learner: what is trained. The
-    checkpoint has beside the learned parameters `optimizer` and `step` to go on from, Wr (of a
-    learner with `texts`) to predict without the text encoder, the settings, and what tells whether
-    another CLIP, other classes or other images are used with it.
-    Raises UserError where the folder holds a run of other settings.
-    """
+    path: of the checkpoint; s: settings; data: a SegmentationData; learner: what is trained. Beside
+    it a checkpoint has `optimizer` and `step` to go on from, Wr to predict without a text encoder,
+    and what it was made of. Raises UserError where the folder holds a run of other settings."""
 
     def __init__(self, path, s, data, model, learner=None, log="log.jsonl", title="rectify"):
         self.path, self.ids, self.model, self.learner = path, data.ids, model, learner
         self.log, self.title = path.with_name(log), title
-        self.facts = dict(format=FORMAT, kind=path.stem, settings=plain(s), images=data.fingerprint,
-                          classes=list(data.classes), clip=clip_fingerprint(model))
+        made_of = dict(classes=list(data.classes), clip=clip_fingerprint(model),
+                       images=data.fingerprint)
+        self.facts = dict(format=FORMAT, kind=path.stem, settings=plain(s), **made_of)
         self.previous = load_checkpoint(path) if path.exists() else self.facts | dict(step=0)
         self.finished = self.previous.get("finished", False)
         old, new = ({key: value for key, value in one["settings"].items() if key not in MACHINE}
-                    for one in (self.previous, self.facts))
+                    | {key: one[key] for key in made_of} for one in (self.previous, self.facts))
         changes = [f"{key} {old.get(key)!s:.40} → {new.get(key)!s:.40}"
                    for key in sorted(old | new) if old.get(key) != new.get(key)]
-        changes += [what for what in ("classes", "clip", "images")
-                    if self.previous[what] != self.facts[what]]
         if changes:
             raise UserError(f"{path} was made with other settings ({', '.join(changes)}); repeat "
                             "them, or choose another folder with --out")
 
     def steps(self, optimizer, read, batch, epochs, seed, workers):
         """Yields (epoch, what `read` gives) for every step that is left, read ahead by threads.
-
         read: a function of a list of (epoch, index). The order of an epoch depends on (seed, epoch)
-        alone; of several processes each gets its share of every batch, which some of its images
-        fill up where it cannot be divided. Ctrl-C and SIGTERM end training after the step under way
-        (of several processes: within ten), a second Ctrl-C at once.
-        """
-        n, self.per_epoch = len(self.ids), -(-len(self.ids) // batch)
-        self.optimizer, self.total, self.stopping = optimizer, epochs * self.per_epoch, False
+        alone; of several processes each gets its share of every batch, filled up where it cannot be
+        divided. Ctrl-C and SIGTERM end training after the step under way, a second Ctrl-C at once;
+        several processes end at once, since none may stop while others wait for it."""
+        self.optimizer, self.per_epoch = optimizer, -(-len(self.ids) // batch)
+        self.total, self.stopping, self.sums, self.shown = epochs * self.per_epoch, False, {}, ""
         self.step = first = self.previous["step"]
         if first:
             self.learner.load_state_dict(self.previous["state"])
             optimizer.load_state_dict(self.previous["optimizer"])
-        if first and not self.finished:
             print(f"going on from step {first}")
-        lines = self.log.read_text("utf-8").splitlines(True) if self.log.exists() else []
         if rank() == 0:  # steps after the checkpoint are repeated, and so are their lines
+            lines = self.log.read_text("utf-8").splitlines(True) if self.log.exists() else []
             found = [re.match(r'{"step": (\d+),.*}\n$', line) for line in lines]
             write_text(self.log, "".join(m[0] for m in found if m and int(m[1]) <= first))
 
         def keys():
             for epoch in range(first // self.per_epoch, epochs):
                 generator = torch.Generator().manual_seed(draw_seed(seed, epoch, "order"))
-                order = torch.randperm(n, generator=generator).tolist()
-                for start in range(0, n, batch):
-                    images = order[start : start + batch]
-                    images += (images * world())[: -len(images) % world()]
-                    yield [(epoch, i) for i in images[rank()::world()]]
+                for images in torch.randperm(len(self.ids), generator=generator).split(batch):
+                    filled = images.repeat(world())[: -(-len(images) // world()) * world()]
+                    yield [(epoch, i) for i in filled[rank()::world()].tolist()]
 
+        left, handlers = itertools.islice(keys(), first % self.per_epoch, None), {}
         self.progress, self.saved = Progress(self.title, self.total, first), time.monotonic()
-        self.sums, self.counted, self.shown, handlers = {}, 0, "", {}
-        left = itertools.islice(keys(), first % self.per_epoch, None)
-        if threading.current_thread() is threading.main_thread():  # no other can set handlers
-            heeded = [number for number in STOP if signal.getsignal(number) != signal.SIG_IGN]
-            handlers = {number: signal.signal(number, self.stop) for number in heeded}
+        # Only the main thread can set handlers.
+        if world() == 1 and threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.signal(number, self.stop)
+                        for number in (signal.SIGINT, signal.SIGTERM)
+                        if signal.getsignal(number) != signal.SIG_IGN}
         try:
             for content in read_ahead(read, left, workers):
                 yield self.step // self.per_epoch, content
@@ -832,78 +726,59 @@ class Run:
         self.progress.close()
 
     def stop(self, number, frame):
-        """What signals do while training; those that are ignored (nohup) still are."""
+        """What signals do while training, unless they were ignored before."""
         if self.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stopping = True
 
     def after(self, loss, **parts):
         """To be called when a step is done: counts, logs, saves when it is due, and stops.
-
-        loss, parts: 0-dim tensors, which are not waited for until a line of the log is due. Raises
-        UserError, before anything is written, where the loss is nan or infinite.
-        """
-        self.step, self.counted = self.step + 1, self.counted + 1
+        loss, parts: 0-dim tensors, not waited for until a line is due. Raises UserError, before
+        anything is written, where the loss is nan or infinite."""
+        self.step += 1
         for name, value in dict(loss=loss, **parts).items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.sums.setdefault(name, []).append(value.detach())
         finished = self.step == self.total
-        # Of several processes none may stop while the others wait for it in the next step.
-        stopping = self.stopping if world() == 1 else (
-            self.step % 10 == 0 and any(gather(self.stopping)))
-        # Where a run is saved changes nothing in its result: after two minutes, or with an epoch.
-        waited = time.monotonic() - self.saved
-        due = finished or stopping or waited > (120 if self.step % self.per_epoch else 10)
-        if due or self.step % 50 == 0:
-            self.write_line()
+        due = finished or self.stopping or time.monotonic() - self.saved > 120
+        if due or self.step % 50 == 0:  # a line of the log: means since the last
+            row = dict(step=self.step, lr=self.optimizer.param_groups[0]["lr"])
+            row |= {name: round(torch.stack(values).mean().item(), 6)
+                    for name, values in self.sums.items()}
+            if not math.isfinite(row["loss"]):
+                raise UserError(f"the loss is not finite at step {self.step} or shortly before; "
+                                f"{self.path} stays as it was; a smaller --lr may help")
+            if rank() == 0:
+                with open(self.log, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            self.shown = "".join(f"  {name} {row[name]:.3f}" for name in self.sums)
+            self.sums.clear()
         self.progress.advance(1, lambda: self.shown)
         if due:
             self.save(self.step, self.optimizer, finished)
-        if stopping and not finished:
-            barrier()  # it is saved: where one process ends, torchrun ends the others
-            if rank() == 0:
-                print(f"\nstopped after step {self.step} and saved {self.path}; the same command "
-                      "goes on", file=sys.stderr)
+        if self.stopping and not finished:
+            print(f"\nstopped after step {self.step} and saved {self.path}; the same command goes "
+                  "on", file=sys.stderr)
             raise SystemExit(130)
-
-    def write_line(self):
-        """A line of the log: means since the last. Raises UserError for a loss of nan or inf."""
-        row = dict(step=self.step, lr=self.optimizer.param_groups[0]["lr"])
-        row |= {name: round(value.item() / self.counted, 6) for name, value in self.sums.items()}
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is not finite at step {self.step} or the {self.counted - 1} "
-                            f"before; a {self.path} is as it was before them; a smaller --lr may "
-                            "help")
-        if rank() == 0:
-            with open(self.log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        self.shown = "".join(f"  {name} {row[name]:.3f}" for name in self.sums)
-        self.sums, self.counted = {}, 0
 
     def save(self, step, optimizer=None, finished=False):
         """Write the checkpoint to a temporary file, and rename it; only the first process does."""
-        with torch.no_grad():
-            Wr = self.learner.texts(self.model)[1] if hasattr(self.learner, "texts") else None
         self.saved = time.monotonic()
         if rank() > 0:
             return
-        checkpoint = self.facts | dict(state=self.learner.state_dict(), Wr=Wr, step=step,
-                                       optimizer=optimizer and optimizer.state_dict(),
-                                       finished=finished)
-        try:
-            with replacing(self.path) as temporary:
-                torch.save(checkpoint, temporary)
-        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
-            raise UserError(f"cannot write {self.path} ({str(error).splitlines()[0][:120]}); what "
-                            "was there is as it was, and the same command goes on from it"
-                            ) from None
+        with torch.no_grad():
+            Wr = self.learner.texts(self.model)[1] if hasattr(self.learner, "texts") else None
+        content = io.BytesIO()  # of a full disk torch.save would make a RuntimeError
+        torch.save(self.facts | dict(
+            state=self.learner.state_dict(), Wr=Wr, step=step, finished=finished,
+            optimizer=optimizer and optimizer.state_dict()), content)
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path):
     """A checkpoint of reclip.py or distill.py as a dict. Raises UserError if it is none."""
     try:
         checkpoint = read_weights(path)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}") from None
     except (ValueError, OSError) as error:
         raise UserError(error) from None
     if checkpoint.get("format") != FORMAT:
@@ -927,32 +802,23 @@ def plain(s):
 
 def passed_on(s):
     """Settings that the evaluation after a training is given too, as a command line."""
-    options = ["--amp" if s.amp else "--no-amp"]
-    for name in ("device", "workers", "clip", "data_root", "labels", "labels_offset"):
-        if getattr(s, name, None) is not None:
-            options += [f"--{name.replace('_', '-')}", str(getattr(s, name))]
-    return options
-
-
-# ------------------------------------------------------------------------------------------------
-# Networks and devices; several processes by torchrun, on machines that share the run's folder
+    names = ("device", "workers", "clip", "data_root", "labels", "labels_offset")
+    given = [(name.replace("_", "-"), vars(s).get(name)) for name in names]
+    return ["--amp" if s.amp else "--no-amp",
+            *(f"--{name}={value}" for name, value in given if value is not None)]
 
 
 def load_clip(source, activation=None, device="cpu", heads=None):
-    """A frozen float32 CLIP with a ViT image encoder, from a name or a file. Raises UserError.
-
-    activation, heads: as in `clip.load`, for what neither the file nor one beside it tells.
-    """
+    """A frozen float32 CLIP with a ViT image encoder; arguments as of `clip.load`. UserError."""
     try:
         with one_first():  # which downloads for the others
             model, _ = clip.load(source, device="cpu", activation=activation, heads=heads)
     except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(error) from None
     if not hasattr(model.visual, "proj"):
-        raise UserError(f"{source} has a ResNet image encoder; the surgery (MaskCLIP's) needs a "
-                        "ViT, for example ViT-B/16")
-    if model.vocab_size != 49408 or model.context_length != 77:
-        raise UserError(f"{source} has a vocabulary of {model.vocab_size} and a context of "
+        raise UserError(f"{source} has a ResNet image encoder; expected a ViT, as in ViT-B/16")
+    if (model.vocab_size, model.context_length) != (49408, 77):
+        raise UserError(f"{source} has a vocabulary and a context of {model.vocab_size} and "
                         f"{model.context_length} tokens; expected OpenAI's 49408 and 77")
     return model.float().to(device).eval().requires_grad_(False)
 
@@ -974,9 +840,8 @@ def image_encoder(model, preset):
     if preset != "paper":
         return model.visual
     visual = copy.deepcopy(model.visual)
-    for module in visual.modules():
-        if isinstance(module, MLP):
-            module.gelu = nn.GELU()
+    for block in visual.transformer.resblocks:
+        block.mlp.gelu = nn.GELU()
     return visual
 
 
@@ -988,28 +853,45 @@ def usual_surgery(model, surgery="program"):
     return "value"
 
 
+def open_rectified(path, device="cpu", source=None):
+    """RectifiedCLIP of a checkpoint of reclip.py; source: where its CLIP is, if not where it was.
+    Raises UserError for a file that is no such checkpoint, and for another CLIP."""
+    checkpoint = load_checkpoint(path)
+    s, classes = argparse.Namespace(**checkpoint["settings"]), checkpoint["classes"]
+    model = load_clip(source or s.clip, s.activation, device, s.heads)
+    if clip_fingerprint(model) != checkpoint["clip"]:
+        raise UserError(f"{path} was made with another CLIP than {source or s.clip}; say with "
+                        "--clip where its own is now")
+    rectifier = make_rectifier(model, classes, checkpoint["state"]["Wq"], s)
+    rectifier.load_state_dict(checkpoint["state"])
+    return RectifiedCLIP(model, rectifier, checkpoint["Wr"], classes, s)
+
+
+def make_rectifier(model, classes, Wq, s):
+    """The Rectifier that settings ask for."""
+    visual = image_encoder(model, s.preset) if s.tune_encoder else None
+    return Rectifier(model, classes, Wq, s.bias, s.decoder, s.sign, s.learn_query, visual)
+
+
 def pick_device(name=None):
     """CUDA, else MPS, else the CPU, unless named. Under torchrun it joins the other processes, of
-    which each has a device of its own and only the first prints. Raises UserError for a device that
-    is not there.
-    """
-    backend = "gloo"
+    which each has a GPU of its own and only the first prints. Raises UserError for a device that is
+    not there."""
+    together = dist.is_torchelastic_launched()
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else
                                        "mps" if torch.backends.mps.is_available() else "cpu"))
-        if dist.is_torchelastic_launched() and device.type == "cuda":
-            # plain values go by way of the CPU: no GPU has to finish for them
-            backend = "cpu:gloo,cuda:nccl"
+        if together and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:80]}; "
-                        "without --device the best one that is there is taken") from None
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # A day's patience: one process may download what the others wait for.
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        raise UserError(f"--device {name} cannot be used here: {str(error)[:80]}") from None
+    if together and not dist.is_initialized():
+        # Plain values go by way of the CPU: no GPU has to finish for them. And a day's patience:
+        # one process may download what the others wait for.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))
         atexit.register(dist.destroy_process_group)
         if rank():
             sys.stdout = open(os.devnull, "w")
@@ -1019,20 +901,18 @@ def pick_device(name=None):
 @contextlib.contextmanager
 def one_first():
     """Of the processes of a machine one is inside before the others."""
-    later = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if later:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
         barrier()
     yield
-    if not later:
+    if first:
         barrier()
 
 
 def parallel(module, device):
-    """The module itself, or, for several processes, in DistributedDataParallel.
-
-    Gradients are then means over the processes. BatchNorm takes its statistics over all of them on
-    CUDA; on the CPU, where PyTorch cannot, over each process's own share of the batch.
-    """
+    """The module itself, or, for several processes, in DistributedDataParallel, whose gradients are
+    means over the processes. BatchNorm takes its statistics over all of them on CUDA; on the CPU,
+    where PyTorch cannot, over each process's own share of the batch."""
     if world() == 1:
         return module
     if device.type == "cuda":
@@ -1048,9 +928,7 @@ def to_device(x, device):
 def views_on(device, batch):
     """Coloured views of a batch of TrainingViews, B×3×H×W, and their sizes, B×2, on the device."""
     view, size = (to_device(batch[key], device) for key in ("view", "size"))
-    if "colours" in batch:
-        view = photometric_distortion(view, batch["colours"])
-    return view, size
+    return photometric_distortion(view, batch["colours"]) if "colours" in batch else view, size
 
 
 def use_amp(given, device):
@@ -1060,40 +938,13 @@ def use_amp(given, device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints as networks: ours, and those of the authors' program
-
-
-def make_rectifier(model, classes, Wq, s):
-    """The Rectifier that settings ask for."""
-    visual = image_encoder(model, s.preset) if s.tune_encoder else None
-    return Rectifier(model, classes, Wq, s.bias, s.decoder, s.sign, s.learn_query, visual)
-
-
-def open_rectified(path, device="cpu", source=None):
-    """RectifiedCLIP of a checkpoint of reclip.py. source: where its CLIP is, if not where it was.
-
-    Raises UserError for a file that is no such checkpoint, and for another CLIP.
-    """
-    checkpoint = load_checkpoint(path)
-    s, classes = argparse.Namespace(**checkpoint["settings"]), checkpoint["classes"]
-    model = load_clip(source or s.clip, s.activation, device, s.heads)
-    if clip_fingerprint(model) != checkpoint["clip"]:
-        raise UserError(f"{path} was made with another CLIP than {source or s.clip}; say with "
-                        "--clip where its own is now")
-    rectifier = make_rectifier(model, classes, checkpoint["state"]["Wq"], s)
-    rectifier.load_state_dict(checkpoint["state"])
-    return RectifiedCLIP(model, rectifier, checkpoint["Wr"], classes, s)
-
-
 def plain_maskclip(model, classes, settings):
-    """RectifiedCLIP that rectifies nothing: MaskCLIP with C class names, without a checkpoint."""
+    """RectifiedCLIP that rectifies nothing: MaskCLIP with C class names."""
     rectifier = Rectifier(model, classes, query_features(model, classes), *METHODS["maskclip"])
     return RectifiedCLIP(model, rectifier, None, classes, settings)
 
 
-# What the authors' checkpoints hold of what is learned, and what it is called here. The rest of
-# such a file is a copy of CLIP and what follows from it.
+# Of the authors' checkpoints: what is learned, and its name here; the rest is a copy of CLIP.
 AUTHORS_NAMES = {"text_encoder.prompt_token": "reference.prompt", "pe_proj": "position",
                  "proj_net": "position", "decoder_conv2": "decoder.conv",
                  "decoder_norm2": "decoder.norm"}
@@ -1101,23 +952,16 @@ AUTHORS_NAMES = {"text_encoder.prompt_token": "reference.prompt", "pe_proj": "po
 
 def renamed(state):
     """What is learned of a state dict, or of gradients, from the authors' names to ours."""
-    ours = {}
-    for key, value in state.items():
-        old = next((old for old in AUTHORS_NAMES if f"{key}.".startswith(f"{old}.")), None)
-        if old is not None:
-            ours[AUTHORS_NAMES[old] + key[len(old):]] = value.float()
-    ours["reference.prompt"] = ours["reference.prompt"][0]
-    return ours
+    ours = {new + key[len(old):]: value.float() for key, value in state.items()
+            for old, new in AUTHORS_NAMES.items() if f"{key}.".startswith(f"{old}.")}
+    return ours | {"reference.prompt": ours["reference.prompt"][0]}
 
 
 def authors_state(path):
     """The state dict of a rectification checkpoint of the authors' program, else None."""
-    try:
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # load_checkpoint will say more
         state = {key.removeprefix("module."): value for key, value in read_weights(path).items()}
-    except (ValueError, OSError, AttributeError):
-        return None  # load_checkpoint will say what is wrong
-    learned = any(key in state for key in ("pe_proj.weight", "proj_net.0.weight"))
-    return state if learned and "text_encoder.prompt_token" in state else None
+        return state if "text_encoder.prompt_token" in state else None
 
 
 def authors_method(state):
@@ -1126,31 +970,24 @@ def authors_method(state):
 
 
 def from_authors(state, model, classes, Wq, settings):
-    """RectifiedCLIP of the authors' parameters.
-
-    state: as `authors_state` gives it; model: a CLIP; classes: C names in the authors' order; Wq:
-    C×D; settings: the recipe that belongs to `authors_method`. The prompt has the authors' length,
-    so a class name keeps three tokens with its end: one of three or more loses its end token.
-    Raises UserError where the file is of another data set or another CLIP.
-    """
+    """RectifiedCLIP of an `authors_state`; classes: C names in their order; Wq: C×D. Their prompt
+    leaves a name three tokens with its end: a longer one loses it. Raises UserError."""
     method, state = authors_method(state)[0], renamed(state)
-    rectifier = Rectifier(model, classes, Wq, *METHODS[method])
-    rectifier.reference.prompt = nn.Parameter(torch.empty_like(state["reference.prompt"]))
-    rectifier.reference.endings = tuple(ids[:3] for ids in rectifier.reference.endings)
+    rectifier, C = Rectifier(model, classes, Wq, *METHODS[method]), len(classes)
+    reference = rectifier.reference
+    reference.endings = tuple(ids[:3] for ids in reference.endings)
+    reference.prompt = nn.Parameter(torch.empty_like(state["reference.prompt"]))
     if method == "reclip":
         hidden = [len(state[f"position.{i}.weight"]) for i in (0, 3)]
-        rectifier.position = PositionLogits(model.visual.proj.shape[0], len(classes), hidden)
+        rectifier.position = PositionLogits(model.visual.proj.shape[0], C, hidden)
     try:
-        missing = set(rectifier.load_state_dict(state, strict=False).missing_keys)
-        if missing - {"Wq", "reference.start"}:
-            raise RuntimeError(f"it lacks {', '.join(sorted(missing))}")
+        rectifier.load_state_dict({"Wq": Wq, "reference.start": reference.start} | state)
     except RuntimeError as error:
-        raise UserError(f"the authors' checkpoint does not fit {len(classes)} classes "
-                        f"({', '.join(classes[:3])}, …) and this CLIP: "
-                        f"{str(error).splitlines()[-1].strip()}") from None
-    rectifier.to(model.visual.proj.device)
-    with torch.no_grad():
-        return RectifiedCLIP(model, rectifier, rectifier.texts(model)[1], classes, settings)
+        raise UserError(f"the authors' checkpoint does not fit {C} classes "
+                        f"({', '.join(classes[:3])}, …) and this CLIP: {error}") from None
+    network = RectifiedCLIP(model, rectifier, None, classes, settings)
+    network.Wr = rectifier.texts(model)[1]
+    return network
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1164,11 +1001,9 @@ def parse_arguments(argv):
     flag("--dataset", default="shapes", help=", ".join(DATASETS) + " (default: shapes, the demo)")
     flag("--data-root", type=user_path, help="its folder (README, Data sets)")
     flag("--train-split", choices=("train", "trainaug"), default="train", help="of voc")
-    flag("--classes", help='for folder: "cat, dog, sofa", or a text file, one class a line, with '
-         "several names where they are separated by commas")
+    flag("--classes", help='for folder: "cat, dog, sofa", or a text file, one class a line')
     flag("--labels", type=user_path, help="for folder: ground truth, to evaluate with alone")
     flag("--labels-offset", type=int, choices=(0, 1), default=0, help="1: 0 is background")
-    flag("--download", action="store_true", help="fetch voc or ade into --data-root first")
     flag("--method", choices=tuple(METHODS), default="reclip++")
     flag("--preset", choices=("release", "paper"), default="release", help="which published recipe")
     flag("--out", type=user_path, help="the run's folder (default: runs/NAME)")
@@ -1179,29 +1014,23 @@ def parse_arguments(argv):
     flag("--workers", type=natural, help="threads that read images (default: one a core)")
     flag = parser.add_argument_group("values of the recipe (default: as published)").add_argument
     flag("--clip", help="a name (ViT-B/16), a file, or a folder of Hugging Face's")
-    flag("--activation", choices=("quick_gelu", "gelu"), help="that --clip was trained with, where "
-         "no config beside it tells (default: quick_gelu)")
-    flag("--heads", type=count, help="of the image encoder of --clip, where nothing else tells")
+    flag("--activation", choices=("quick_gelu", "gelu"), help="of --clip, where its files are mute")
+    flag("--heads", type=count, help="of --clip's image encoder, where its files are mute")
     flag("--surgery", choices=tuple(SURGERIES), help="what becomes of CLIP's last block")
     flag("--sigma", type=positive, help="of naclip: how near is near, in patches")
     flag("--hypothesis", choices=("crops", "global"))
     flag("--crop-ratio", type=share, help="r: side of a window relative to the image's")
     flag("--threshold", type=float, help="t, or for global on 100·cosine")
-    flag("--top", type=count, help="for global: how many classes if none passes")
-    flag("--epochs", type=count, help="stop after")
-    flag("--schedule", type=count, help="epochs of the learning rate's schedule")
+    flag("--epochs", type=count)
     flag("--batch", type=count)
     flag("--lr", type=positive)
     flag("--scale", type=count, nargs=2, help="longest and shortest side at most")
     flag("--crop", type=count)
-    flag("--tau", type=positive, help="temperature of the contrastive loss")
     flag("--mask-temperature", type=positive, help="τ1 of the Gumbel-Softmax")
     flag("--pd", type=share, help="prompt denoising at test time: switch off classes below it")
-    flag("--views", type=natural, metavar="K", help="encode K augmented views of each image once "
-         "and train on these; 0: fresh views in every epoch")
+    flag("--views", type=natural, metavar="K", help="of an image, encoded once; 0: fresh ones")
     flag = parser.add_argument_group("ablations: one part of the method changed").add_argument
-    flag("--bias", choices=("independent", "joint", "reference", "none"), help="how extracted: "
-         "as in ReCLIP++, as in ReCLIP, as in ReCLIP without position, not at all")
+    flag("--bias", choices=("independent", "joint", "reference", "none"), help="how extracted")
     flag("--decoder", action=argparse.BooleanOptionalAction)
     flag("--add", dest="sign", action="store_const", const=1, help="add the bias, not subtract it")
     flag("--learn-query", action="store_const", const=True, help="learn the Query's prompt too")
@@ -1210,35 +1039,29 @@ def parse_arguments(argv):
 
 
 def settings_of(args):
-    """Recipe and command line together, as a namespace of plain values.
-
-    Raises UserError for what cannot work together.
-    """
+    """Recipe and command line as a namespace. Raises UserError for what cannot work together."""
     given = {key: value for key, value in vars(args).items() if value is not None}
     s = argparse.Namespace(**vars(args) | recipe(**given))
-    if "epochs" in given and "schedule" not in given:
-        s.schedule = max(s.schedule, s.epochs)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    s.workers = given.get("workers", 0 if s.dataset == "shapes" else max(1, cores))
+    s.scale, s.schedule = tuple(s.scale), max(s.schedule, s.epochs)
+    if s.workers is None:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        s.workers = 0 if s.dataset == "shapes" else max(1, cores)
     if s.batch < world() and "batch" not in given:
         # As the authors' recipe for Cityscapes does: 16 times the batch, 16 times the rate.
         s.lr, s.batch = s.lr if "lr" in given else s.lr * world() / s.batch, world()
-    s.scale = tuple(s.scale)
     for wrong, message in (
             (s.batch < world(), f"--batch {s.batch}: {world()} processes need an image each"),
             (s.crop_ratio < 0.02, f"--crop-ratio {s.crop_ratio}: expected 0.02 to 1"),
-            (s.schedule < s.epochs, f"--schedule {s.schedule}: training has {s.epochs} epochs"),
             (not 0 <= s.threshold < (1 if s.hypothesis == "crops" else 100), "--threshold "
              f"{s.threshold}: expected a share of the crops, or for global less than 100"),
-            (s.views and s.tune_encoder, "--tune-encoder needs --views 0: it changes what CLIP "
-             "says of a view"),
+            (s.views and s.tune_encoder, "--tune-encoder needs --views 0, fresh views"),
             ((s.method == "maskclip") != (s.bias == "none" and not s.decoder), "without bias and "
              "decoder nothing is learned: that is --method maskclip, and no other")):
         if wrong:
             raise UserError(message)
     name = [s.dataset] + [v for v, d in ((s.method, "reclip++"), (s.preset, "release")) if v != d]
-    s.out = given.get("out", Path("runs") / "-".join(name + [f"seed{s.seed}"] * bool(s.seed)))
-    s.cache = given.get("cache", s.out)
+    s.out = s.out or Path("runs") / "-".join(name + [f"seed{s.seed}"] * bool(s.seed))
+    s.cache = s.cache or s.out
     return s
 
 
@@ -1249,16 +1072,13 @@ def main(argv=None):
     s = settings_of(args)
     s.amp, s.device = use_amp(args.amp, device), str(device)
     classes = None if args.classes is None else parse_classes(args.classes)
-    if s.download and rank() == 0:
-        download(s.dataset, s.data_root)
-    barrier()
     data = open_dataset(s.dataset, s.data_root, s.train_split, classes, s.seed, s.labels,
                         s.labels_offset)
     model = load_clip(s.clip, s.activation, device, s.heads)
     s.activation, s.surgery = model.activation, args.surgery or usual_surgery(model, s.surgery)
     if s.crop <= model.visual.conv1.stride[0]:
-        raise UserError(f"--crop {s.crop} is a single patch; expected more than "
-                        f"{model.visual.conv1.stride[0]}")
+        raise UserError(f"--crop {s.crop}: expected more than a patch of "
+                        f"{model.visual.conv1.stride[0]} pixels")
     print("  ".join(f"{key}={value}" for key, value in plain(s).items() if key != "classes"))
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes → {s.out}/")
 

@@ -1,7 +1,6 @@
 """Data: class names, images and labels of the data sets, and the views to train on.
 
-    python data.py --dataset voc --data-root ~/data             # what is there; a contact sheet
-    python data.py --dataset voc --data-root ~/data --download  # fetch it first (voc and ade)
+    python data.py --dataset voc --data-root ~/data    # what is there; a contact sheet
 
 Images are uint8 tensors 3×H×W (RGB). Labels are int64 tensors H×W holding class indices 0…C-1, and
 VOID where a pixel has no class or counts for nothing. Only `SegmentationData.label` and `.objects`
@@ -14,11 +13,11 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
-import struct
 import sys
 import tempfile
 import time
@@ -52,13 +51,11 @@ class Parser(argparse.ArgumentParser):
 
 def _number(kind, fits, expected):
     """An argparse type: kind(text), where it fits; otherwise the message says what is expected."""
-
     def parse(text):
         with contextlib.suppress(ValueError):
             if fits(kind(text)):
                 return kind(text)
         raise argparse.ArgumentTypeError(f"{text}; expected {expected}")
-
     return parse
 
 
@@ -81,8 +78,7 @@ def printable(text):
 
 
 class Progress:
-    """One line that tells how far something is and how long it will take.
-    Rewritten in place on a terminal, every few seconds a new line elsewhere."""
+    """A line, rewritten in place on a terminal: how far something is, and the time that is left."""
 
     def __init__(self, title, total, done=0):
         self.title, self.total, self.done, self.first = title, total, done, done
@@ -116,9 +112,8 @@ def say_once(line):
 
 
 def clean_exit(main):
-    """Decorator of every main(): what a user can mend is one line on stderr, and exit code 2.
-    That is a UserError, what the system refuses, and too little memory."""
-
+    """Decorator of every main(): a UserError, what the system refuses, and too little memory are
+    one line on stderr and exit code 2. A mistake of ours keeps its traceback."""
     @functools.wraps(main)
     def wrapper(*args):
         if not args and main.__module__ != "__main__":
@@ -130,22 +125,20 @@ def clean_exit(main):
             result = main(*args)
             print(end="", flush=True)  # here it shows if nobody reads on
             return result
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            line, code = "nobody reads the output any more", 2
         except KeyboardInterrupt:
             line, code = "stopped; repeat the command, and whatever it had saved is used", 130
         except UserError as error:
-            line, code = " ".join(str(error).split()), 2
+            line, code = str(error), 2
         except (OSError, MemoryError, RuntimeError) as error:
-            line, code = " ".join(str(error).split()), 2
-            if isinstance(error, MemoryError) or "out of memory" in line or "allocate" in line:
+            line, code = str(error), 2
+            if isinstance(error, BrokenPipeError):  # or Python would complain once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            elif isinstance(error, MemoryError) or re.search("out of memory|allocate", line):
                 line = f"out of memory ({line[:80]}…); try a smaller --batch, --crop or --scale"
             elif not getattr(error, "strerror", None):
-                raise  # a mistake of ours keeps its traceback
-        print(f"error: {printable(line)}", file=sys.stderr)
+                raise
+        print(f"error: {printable(' '.join(line.split()))}", file=sys.stderr)
         raise SystemExit(code)
-
     return wrapper
 
 
@@ -173,23 +166,14 @@ def barrier():
 
 
 @contextlib.contextmanager
-def writing(path):
-    """What the system refuses inside becomes a UserError that names a path."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
 def replacing(path):
-    """A temporary path, of this process alone, which takes the place of `path` when all is written
-    to it. Raises UserError."""
+    """A temporary path, which takes the place of `path` when all is written. Raises UserError."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with writing(path):
-            yield temporary
-            os.replace(temporary, path)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -201,10 +185,9 @@ def write_text(path, text):
 
 
 def make_folder(path):
-    """Make a folder to write to. Raises UserError."""
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+    """Make a folder to write to, and see whether that can be done. Raises OSError."""
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
 
 
 def fingerprint(*parts):
@@ -224,58 +207,10 @@ def evenly(count, limit):
 
 # ------------------------------------------------------------------------------------------------
 # 2. Class names and colours
-#
 # In the order of the labels and in the wording of the authors of ReCLIP: CLIP sees these words, so
 # they are part of the method.
 
-VOC = """airplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse,
-motorbike, person, potted plant, sheep, sofa, train, tv monitor"""
-
-CONTEXT = """airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building,
-bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence,
-floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person,
-plate, platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table,
-track, train, tree, truck, tv monitor, wall, water, window, wood"""
-
-CITYSCAPES = """road, sidewalk, building, wall, fence, pole, traffic light, traffic sign,
-vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle"""
-
-ADE = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
-person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
-house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing,
-cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
-refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
-river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove,
-palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
-truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track,
-apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
-fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall,
-tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
-bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
-ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
-flag"""
-
-# COCO-Stuff's fine classes in the order of their ids, 0–181, without the eleven that nothing has.
-STUFF171 = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
-fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
-zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
-kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
-fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
-cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
-cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
-hair drier, toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet, cage,
-cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain,
-desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood,
-flower, fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves,
-light, mat, metal, mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow,
-plant-other, plastic, platform, playingfield, railing, railroad, river, road, rock, roof, rug,
-salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw,
-structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete,
-wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind,
-window-other, wood"""
-STUFF_UNUSED = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
-
-# Its 27 coarse classes, each with the fine ids (the values in `stuffthingmaps`) that make it up.
+# COCO-Stuff's 27 coarse classes, each with the fine ids, 0–181, that make it up.
 STUFF = {
     "electronic": "71-76", "appliance": "77-82", "food things": "51-60",
     "furniture things": "61-70", "indoor": "83-90", "kitchen": "43-50", "accessory": "25-32",
@@ -289,72 +224,85 @@ STUFF = {
     "solid": "126 134 149 159 161 181", "structural": "98 112 137 145 163",
     "water": "119 147 154 177-178",
 }
-
-CLASSES = {name: [c.strip() for c in text.replace("\n", " ").split(",")] for name, text in (
-    ("voc", VOC), ("context", CONTEXT), ("ade", ADE), ("cityscapes", CITYSCAPES),
-    ("stuff", ",".join(STUFF)), ("stuff171", STUFF171))}
-
+CLASSES = {
+    "voc": """airplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog,
+horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor""",
+    "context": """airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle,
+building, bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door,
+fence, floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse,
+person, plate, platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky, snow,
+sofa, table, track, train, tree, truck, tv monitor, wall, water, window, wood""",
+    "ade": """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
+sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa,
+shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
+railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper,
+fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door,
+stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench,
+countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel,
+bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver,
+airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster,
+stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool,
+barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name,
+microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase,
+traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower,
+radiator, glass, clock, flag""",
+    "cityscapes": """road, sidewalk, building, wall, fence, pole, traffic light, traffic sign,
+vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle""",
+    "stuff": ", ".join(STUFF),
+    "stuff171": """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic
+light, fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant,
+bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
+ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
+glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog,
+pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse,
+remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
+scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge, building-other,
+bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds,
+counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other,
+floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit, furniture-other, grass,
+gravel, ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud,
+napkin, net, paper, pavement, pillow, plant-other, plastic, platform, playingfield, railing,
+railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow,
+solid-other, stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree,
+vegetable, wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood,
+water-other, waterdrops, window-blind, window-other, wood""",
+}
+CLASSES = {name: [" ".join(c.split()) for c in text.split(",")] for name, text in CLASSES.items()}
 DATASETS = ("shapes", *CLASSES, "folder")
 
 
 def parse_classes(text):
     """The classes of a data set of one's own, each a string: one name, or several, see `names_of`.
-    text: "cat, dog, sofa", or the path of a file with a class a line, in which what follows a comma
-    are further names of the same class; a file of a single line is a list like the first. Raises
-    UserError for what cannot be read, is no name, is repeated, or is more than labels can hold."""
-    file, where, lines = user_path(text), f"--classes \"{text}\"", [text]
-    if file.is_file():
-        where = f"the file {text}"
-        try:
-            lines = _class_lines(file.read_text(encoding="utf-8-sig"), where)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read class names from {text}: {error}") from None
+    text: "cat, dog, sofa", or the path of a file: a class a line, with further names after commas;
+    one line like the first; a JSON list; or YAML's `names:`. Raises UserError for what is no name,
+    is repeated, or is more than labels can hold."""
+    lines = [text.replace(";", ",")]
+    if os.path.isfile(user_path(text)):
+        content = user_path(text).read_text("utf-8-sig", "replace").replace(";", ",")
+        listed = re.search(r"(?:\A|^names:)\s*\[(.*?)\]", content, re.S | re.M)
+        lines = re.sub("#.*", "", content).splitlines()
+        lines = [line.rstrip() for line in lines if line.strip()]
+        if listed:
+            names = re.findall(r"\"([^\"]*)\"|'([^']*)'|([^\s,'\"][^,\n]*)", listed[1])
+            lines = ["".join(name).strip() for name in names]
+        elif "names:" in lines:  # above "- cat" or, in order, "0: cat"
+            below = lines[lines.index("names:") + 1 :]
+            below = itertools.takewhile(lambda line: line[0] in " -", below)
+            lines = [line.strip(" -").removeprefix(f"{k}:").strip(" '\"")
+                     for k, line in enumerate(below)]
     elif re.search(r"\.(txt|csv|tsv|json|ya?ml)$|^[^,;]*([/\\][^,;]*|\.\w{1,5})$", text.lower()):
         raise UserError(f"no file {text}; --classes takes names (\"cat, dog\") or a text file")
-    lines = [line.replace(";", ",") for line in lines if line.strip()]
     lines = lines[0].split(",") if len(lines) == 1 else lines
-    classes = [[" ".join(name.split()) for name in line.split(",")] for line in lines]
-    if not 0 < len(classes) <= VOID:
-        raise UserError(f"{len(classes)} classes in {where}; expected 1 to {VOID}")
-    names = collections.Counter(name.lower() for names in classes for name in names)
-    for name, n in names.items():
-        if not name.isprintable() or re.search(r"^$|[][{}<>:=\"]|^_|^[\d.]+ [\d.]+", name):
-            raise UserError(f"\"{name}\" in {where} is no class name; expected a class a line, or "
-                            "names between commas")
-        if n > 1:
-            raise UserError(f"class name \"{name}\" is repeated in {where}")
+    classes = [[re.sub(" +", " ", name.strip()) for name in line.split(",")] for line in lines]
+    if not 0 < len(classes) < VOID:
+        raise UserError(f"{len(classes)} classes in --classes {text}; expected 1 to {VOID - 1}")
+    names = [name.lower() for names in classes for name in names]
+    for name in itertools.chain(*classes):
+        if re.search(r"^$|[][{}<>:=\"\ufffd]|^_|^[\d.)]+( |$)", name) or not name.isprintable():
+            raise UserError(f"\"{name}\" in --classes {text} is no name; expected a class a line")
+        if names.count(name.lower()) > 1:
+            raise UserError(f"class name \"{name}\" is repeated in --classes {text}")
     return [", ".join(names) for names in classes]
-
-
-def _class_lines(text, where):
-    """The lines of a class file, one a class. '#' starts a comment; of tools' files what is meant:
-    a JSON list; YOLO's data.yaml; a table with a column Name or Class, as ADE20K's and Roboflow's;
-    numbered lines; lines after CamVid's colours; labelme's list."""
-    listed = re.search(r'(?:\A|^\s*"?names"?\s*:)\s*\[(.*?)\]', text, re.S | re.M)
-    if listed:
-        names = re.findall(r"\"([^\"]*)\"|'([^']*)'|([^\s,'\"][^,\n]*)", listed[1])
-        return ["".join(name).strip() for name in names]
-    lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    if "names:" in lines:
-        below = itertools.takewhile(lambda line: line[0] in " -", lines[lines.index("names:") + 1:])
-        lines = [line.strip(" -") for line in below]
-    header = "".join(lines[:1]).lower()
-    cells = [cell.strip() for cell in re.split("[\t,]", header)]
-    column = next((k for k, cell in enumerate(cells) if cell in ("name", "class")), None)
-    if len(cells) > 1 and column is not None:
-        cut = "\t" if "\t" in header else ","
-        lines = [next(iter(line.split(cut)[column:]), line) for line in lines[1:]]
-    heads = [re.match(r"\s*(?:\d+[\s,:.)]+)*", line)[0] for line in lines]
-    numbers = [[int(number) for number in re.findall(r"\d+", head)] for head in heads]
-    if (numbers == [[k + sum(numbers[0])] for k in range(len(lines))]
-            or all(len(colour) == 3 for colour in numbers)):
-        lines = [line[len(head):] for line, head in zip(lines, heads)]
-    lines = [line.strip(" \t'\"") for line in lines]
-    out = [line for line in lines if re.fullmatch(r"_+(ignore|background)_+", line)]
-    if out:
-        say_once(f"no classes in {where}: {', '.join(out)}; see --labels-offset")
-    return [line for line in lines if line not in out]
 
 
 def names_of(cls):
@@ -378,9 +326,8 @@ SHAPES_PALETTE = torch.tensor([
 
 
 def dataset_palette(name, num_classes):
-    """The colours of a data set's classes, uint8 C×3: the demo's own, else PASCAL VOC's.
-    There class k has colour k+1 (0, black, is background), which deals the bits of the index to R,
-    G, B in turn, from the highest bit of each down."""
+    """The colours of a data set's classes, uint8 C×3: the demo's own, else PASCAL VOC's, where that
+    of class k deals the bits of k+1 to R, G, B in turn, from the highest bit of each down."""
     if name == "shapes":
         return SHAPES_PALETTE[:num_classes]
     index = torch.arange(1, num_classes + 1)
@@ -389,7 +336,7 @@ def dataset_palette(name, num_classes):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. One file
+# 3. Files, and the data sets
 
 VOID = 255  # in every label map: no class here; never counted
 PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -407,7 +354,7 @@ def _opened(path, what="image"):
             raise ValueError("it is no file")  # a pipe may never end
         with Image.open(path) as image:
             yield image
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
         reason = getattr(error, "strerror", None) or error
@@ -428,35 +375,25 @@ def read_image(path, turn=True):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()  # faster than by torch
-    return torch.from_numpy(pixels)
+        pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        return torch.from_numpy(pixels.copy())  # faster than by torch
 
 
-def _orientation(image):
-    """EXIF orientation of an opened PIL image, 1 to 8."""
-    if image.format == "TIFF":
-        image.load()  # which turns it
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
-
-
-def image_size(path, turn=True):
-    """(H, W) as `read_image` will return it. Raises UserError."""
-    with _opened(path) as image:
-        return image.size if turn and _orientation(image) in (5, 6, 7, 8) else image.size[::-1]
-
-
-def read_label(path, like=None):
+def read_label(path, photograph, turn=False):
     """Read a label map as int64 H×W of the values stored in it, palette indices staying indices.
-    like: the photograph whose EXIF orientation turns it. Raises UserError, naming the file, for an
-    unreadable file or one with colours for values."""
-    with _opened(path, "label") as image:
-        if image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
-            raise ValueError(f"a {image.mode} picture; expected one channel of class ids")
-        if like is not None:
-            with _opened(like) as photograph:
-                image.getexif()[ExifTags.Base.Orientation] = _orientation(photograph)
-            image = ImageOps.exif_transpose(image)
-        return torch.from_numpy(np.array(image).astype(np.int64))
+    photograph: the path of its image; turn: whether EXIF turns that, as which a label is turned
+    that was drawn before. Raises UserError for an unreadable file, colours, or another size."""
+    with _opened(photograph) as image, _opened(path, "label") as label:
+        if label.mode not in ("P", "L", "1") and not label.mode.startswith("I"):
+            raise ValueError(f"a {label.mode} picture; expected one channel of class ids")
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if turn else 1
+        size = (image if orientation == 1 else ImageOps.exif_transpose(image)).size
+        if label.size != size:
+            label.getexif()[ExifTags.Base.Orientation] = orientation
+            label = ImageOps.exif_transpose(label)
+        if label.size != size:
+            raise ValueError(f"{label.width}×{label.height} pixels, its image {size[0]}×{size[1]}")
+        return torch.from_numpy(np.array(label).astype(np.int64))
 
 
 def save_picture(picture, path):
@@ -475,13 +412,12 @@ def _made_here(path):
 
 def list_folder(folder, suffix):
     """Sorted ids of the files folder/**/ID + suffix; links are followed, hidden files left out.
-    suffix: one ending, cut off from the ids, or a tuple of endings in lower case, kept in them, as
-    PHOTOS. One line tells what else is left out: BINS, links to nowhere, folders that cannot be
-    entered, and of photographs other kinds of files and the pictures that these scripts have made.
-    """
-    ids, seen, left, closed = [], set(), collections.Counter(), []
-    photos = isinstance(suffix, tuple)
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=closed.append):
+    suffix: one ending, cut off from the ids, or PHOTOS, in any case, kept in them. A line tells
+    what else is left out: BINS, links to nowhere, folders that cannot be entered, and of
+    photographs other kinds of files and the pictures that these scripts have made."""
+    ids, seen, left = [], set(), collections.Counter()
+    closed = lambda error: left.update([f"folder {error.filename} ({error.strerror})"])
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=closed):
         if os.path.realpath(parent) in seen:  # a link that leads back
             folders.clear()
             continue
@@ -491,25 +427,19 @@ def list_folder(folder, suffix):
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
         for name in (name for name in files if name[0] != "."):
             file, kind = Path(parent, name), os.path.splitext(name)[1].lower()
-            if not (kind in suffix if photos else name.endswith(suffix)):
-                left[kind or "without an ending"] += photos
-            elif file.is_symlink() and not file.exists():
+            if not (kind in suffix if suffix == PHOTOS else name.endswith(suffix)):
+                left[kind or "without an ending"] += suffix == PHOTOS
+            elif not file.exists():
                 left[f"link to nowhere {name}"] += 1
-            elif photos and kind == ".png" and _made_here(file):
+            elif suffix == PHOTOS and kind == ".png" and _made_here(file):
                 left["made by this program"] += 1
             else:
                 i = file.relative_to(folder).as_posix()
-                ids.append(i if photos else i.removesuffix(suffix))
-    told = [f"{n} {kind}" for kind, n in left.items() if n]
-    told += [f"folder {error.filename} ({error.strerror})" for error in closed
-             if not isinstance(error, FileNotFoundError)]
-    if told:
-        say_once(f"left out: {', '.join(sorted(told))}, in {folder}")
+                ids.append(i if suffix == PHOTOS else i.removesuffix(suffix))
+    if any(left.values()):
+        told = sorted(f"{n} {kind}" for kind, n in left.items() if n)
+        say_once(f"left out: {', '.join(told)}, in {folder}")
     return sorted(ids)
-
-
-# ------------------------------------------------------------------------------------------------
-# 4. The data sets
 
 
 def id_table(raws, void=()):
@@ -526,13 +456,13 @@ CITYSCAPES_IDS = id_table(
     [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33], void=range(34))
 STUFF_IDS = id_table([sum((list(range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1))
                            for part in ids.split()), []) for ids in STUFF.values()])
-STUFF171_IDS = id_table(sorted({*range(182)} - STUFF_UNUSED))
+# the fine classes in the order of their ids, of which nothing has these eleven
+STUFF171_IDS = id_table(sorted({*range(182)} - {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}))
 
-# Where data sets keep what; {} in a path stands for the split's own name. places: where under
-# --data-root the tree may lie; images: the folder of the images ID + suffix; labels: (folder,
-# suffix, table), of these files the first that exists is the label; splits: our names and the
-# tree's; lists: the file that lists the ids, none: all images in the folder; instances: masks
-# ID.png that tell the objects of an image apart.
+# Where data sets keep what; {} in a path is the split's own name. places: where under --data-root
+# the tree may lie; images: the folder of the images ID + suffix; labels: (folder, suffix, table),
+# the first file that exists is the label; splits: our names and the tree's; lists: the file of the
+# ids, else all in the folder; instances: masks ID.png that tell the objects of an image apart.
 Tree = collections.namedtuple("Tree", "places images suffix labels splits lists instances",
                               defaults=({"train": "train", "val": "val"}, "", "none"))
 TREES = {
@@ -562,21 +492,18 @@ TREES["stuff171"] = TREES["stuff"]._replace(labels=(
     ("annotations/{}", "_labelTrainIds.png", id_table(range(171))),  # mmsegmentation's
     ("annotations/{}", ".png", STUFF171_IDS), ("stuffthingmaps/{}", ".png", STUFF171_IDS)))
 # What labels of one's own are called: ID and one of these, in any case.
-LABEL_NAMES = [tail + ending for tail in (
-    "", "_mask", "-mask", "_label", "_labels", "_seg", "_gt", "_L", "_gtFine_labelTrainIds",
-    "_labelTrainIds", "_gtFine_labelIds", "_labelIds")
-    for ending in (".png", ".bmp", ".tif", ".tiff", ".gif")]
+LABEL_NAMES = [tail + ending for tail in ("", "_mask", "-mask", "_label", "_labels", "_seg", "_gt",
+               "_L", "_gtFine_labelTrainIds", "_labelTrainIds", "_gtFine_labelIds", "_labelIds")
+               for ending in (".png", ".bmp", ".tif", ".tiff", ".gif")]
 
 
 class SegmentationData:
     """Images, and labels where there are any, of one split of a data set.
     name, split: as in `open_dataset`; classes: C names; palette: uint8 C×3; ids: one per image,
-    unique, in a fixed order; everything stored about an image is keyed by its id. Photographs of
-    one's own are turned as EXIF says; those of benchmarks are as stored, as their labels are.
-    image_file: (folder, suffix), image i is folder/ID + suffix; without a suffix ids have endings.
-    label_files: [(folder, suffix, table)], the label is the first of these files that exists.
-    instances: the folder of masks ID.png that tell the objects of an image apart, if there is one.
-    """
+    unique, in a fixed order; whatever is stored about an image is keyed by its id. Photographs of
+    one's own are turned as EXIF says. image_file: (folder, suffix), image i is folder/ID + suffix;
+    label_files: [(folder, suffix, table)], the label is the first of these files that exists;
+    instances: the folder of masks ID.png that tell the objects of an image apart, or None."""
 
     def __init__(self, name, split, classes, ids, image_file, label_files=(), instances=None):
         self.name, self.split, self.classes, self.ids = name, split, list(classes), list(ids)
@@ -594,58 +521,48 @@ class SegmentationData:
         """uint8 3×H×W. Raises UserError for a file that cannot be read."""
         return read_image(self.image_path(index), self.turn)
 
-    def size(self, index):
-        """(H, W) of image(index), read from the file's header."""
-        return image_size(self.image_path(index), self.turn)
-
     @functools.cached_property
     def fingerprint(self):
-        """A short name for which images these are, from their ids and, in a folder of one's own,
-        the files' sizes; no image is opened."""
+        """Tells which images these are: by ids and, in a folder of one's own, the files' sizes."""
         sizes = [os.path.getsize(self.image_path(i)) for i in range(len(self)) if self.turn]
         return fingerprint("\n".join(self.ids), repr(sizes) if self.turn else "")
 
     @functools.cached_property
-    def _beside(self):
-        """{folder: {name: name}} of the files where labels may be; as they are and as `folded`."""
-        files = {folder: list_folder(folder, "") for folder, _, _ in self.label_files}
-        return {folder: {folded(name): name for name in names} | {name: name for name in names}
-                for folder, names in files.items()}
-
-    def label_path(self, index):
-        """(path, table) of the label, or None if there is none. Looks at names, opens nothing."""
-        names = [self.ids[index]]
-        names += [os.path.splitext(names[0])[0]] if self.turn else []  # ID.jpg.png, ID.png
-        for (folder, suffix, table), name in itertools.product(self.label_files, names):
-            files, name = self._beside[folder], name + suffix
-            file = files.get(name) or files.get(folded(name))
-            if file and os.path.join(folder, file) != self.image_path(index):
-                return os.path.join(folder, file), table
-        return None
+    def labels(self):
+        """{id: (path, table)} of the labels, and the other files there. Opens nothing."""
+        folders, found = dict.fromkeys(f for f, _, _ in self.label_files if os.path.isdir(f)), {}
+        paths = [os.path.join(folder, i) for folder in folders for i in list_folder(folder, "")]
+        fold = lambda path: unicodedata.normalize("NFC", path).casefold()
+        there = {fold(path): path for path in paths} | {path: path for path in paths}
+        for i, own in enumerate(self.ids):
+            names = [own, os.path.splitext(own)[0]] if self.turn else [own]  # ID.jpg.png, ID.png
+            for (folder, suffix, table), name in itertools.product(self.label_files, names):
+                path = os.path.join(folder, name + suffix)
+                path = there.get(path) or there.get(fold(path))
+                if path and not (self.turn and os.path.samefile(path, self.image_path(i))):
+                    found[own] = path, table
+                    break
+        return found, set(paths).difference(path for path, _ in found.values())
 
     @functools.cached_property
     def has_labels(self):
         """Whether this split can be evaluated. Looks at names, opens nothing.
         Raises UserError if only some images have labels, or if what is there fits none."""
-        found = [self.label_path(i) for i in range(len(self))]
-        others = {os.path.join(folder, name) for folder, names in self._beside.items()
-                  for name in names.values()}.difference(path for path, _ in filter(None, found))
-        if None not in found or not (any(found) or others):
-            return None not in found
-        i, (folder, suffix, _) = found.index(None), self.label_files[0]
-        name = os.path.splitext(self.ids[i])[0] if self.turn else self.ids[i]
-        raise UserError(f"{found.count(None)} of {len(self)} labels of {self.name} {self.split} "
-                        f"are missing, the first {os.path.join(folder, name + suffix)}; other "
-                        f"files there: {min(others, default='none')}; see README, Data sets")
+        found, others = self.labels
+        missing = [i for i in self.ids if i not in found]
+        if missing and (others or len(missing) < len(self)):
+            folder, suffix, _ = self.label_files[0]
+            name = os.path.splitext(missing[0])[0] if self.turn else missing[0]
+            raise UserError(f"{len(missing)} of {len(self)} labels of {self.name} {self.split} are "
+                            f"missing, the first {os.path.join(folder, name + suffix)}; there are "
+                            f"{min(others, default='no others')}")
+        return not missing
 
     def label(self, index):
-        """int64 H×W, values 0…C-1 and VOID. Opens the label file.
-        Raises UserError for a missing or unreadable file, an id that the data set does not have,
-        and a size other than the image's."""
-        path, table = self.label_path(index) or (None, None)
-        if path is None:
-            raise UserError(f"no label for image {self.ids[index]} of {self.name} {self.split}")
-        raw, C = self._map(path, index), len(self.classes)
+        """int64 H×W, values 0…C-1 and VOID. Opens the label file. Raises KeyError where there is
+        none, UserError as `read_label` and for an id that the data set does not have."""
+        path, table = self.labels[0][self.ids[index]]
+        raw, C = read_label(path, self.image_path(index), self.turn), len(self.classes)
         label = table[raw.clamp(0, 255)]
         wrong = raw[(label < 0) | (raw > 255) | (raw < 0)]
         if len(wrong):
@@ -660,30 +577,15 @@ class SegmentationData:
         the connected regions of each class in the label. Raises UserError as `label` does."""
         if self.instances is None:
             return connected_regions(self.label(index))
-        raw = self._map(os.path.join(self.instances, self.ids[index] + ".png"), index)
+        raw = read_label(os.path.join(self.instances, self.ids[index] + ".png"),
+                         self.image_path(index))
         return raw.masked_fill(raw == VOID, 0)
-
-    def _map(self, path, index):
-        """What `read_label` gives, of the size of image(index). Raises UserError."""
-        raw, size = read_label(path), self.size(index)
-        if raw.shape != size and self.turn:  # drawn on the photograph as it is stored?
-            raw = read_label(path, like=self.image_path(index))
-        if raw.shape != size:
-            raise UserError(f"{path} is {raw.shape[1]}×{raw.shape[0]} pixels, its image "
-                            f"{size[1]}×{size[0]}")
-        return raw
-
-
-def folded(name):
-    """A file's name for comparisons: without case, and with accents in one spelling."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def connected_regions(label):
     """The connected regions of equal label as objects: int64 H×W → int64 H×W.
-    Ids start at 1, from the top left; 0 where the label is VOID. A pixel touches its eight
-    neighbours. Exact: pixels make runs along the rows, runs that touch from row to row are joined,
-    all at once, each to the smallest run it knows to belong to it, until nothing changes."""
+    Ids are above 0; 0 where the label is VOID. A pixel touches its eight neighbours. Runs of pixels
+    along the rows are joined, all at once, each to the least that it touches, to the end."""
     H, W = label.shape
     flat = F.pad(label, (0, 1), value=-1).flatten()  # the rim keeps rows apart
     run = F.pad((flat[1:] != flat[:-1]).long(), (1, 0)).cumsum(0)
@@ -696,10 +598,7 @@ def connected_regions(label):
         root = root.scatter_reduce(0, known[a], lowest, "amin")
         root = root.scatter_reduce(0, known[b], lowest, "amin")
         root = root[root]  # chains become shorter
-    root = root[run].view(H, W + 1)[:, :W]
-    objects, inside = torch.zeros_like(label), label != VOID
-    objects[inside] = root[inside].unique(return_inverse=True)[1] + 1
-    return objects
+    return (root[run].view(H, W + 1)[:, :W] + 1).masked_fill(label == VOID, 0)
 
 
 def check_dataset(name):
@@ -712,85 +611,63 @@ def open_dataset(name, root=None, split="train", classes=None, seed=0, labels=No
     """One split of a data set as SegmentationData. Opens no image and no label.
     name: one of DATASETS. root: the folder that holds the tree (README, Data sets), or the tree's
     own top. split: "train" or "val", of voc also "trainaug". seed: for `shapes`. For `folder` only,
-    of which both splits are all images: classes, as `parse_classes` gives them; labels: the folder
-    of the labels, called as LABEL_NAMES, if there are some; offset: 0, or 1 where class k is stored
-    as k+1 and 0 counts for nothing. Raises UserError for a tree that is missing or not as expected,
-    or that has no images, and for labels that do not fit the images."""
+    of which both splits are all images: classes, as of `parse_classes`; labels: None, or the folder
+    of the labels, called as LABEL_NAMES; offset: 0, or 1 where class k is stored as k+1 and 0 is
+    void. Raises UserError for a tree that is not as expected or has no images, and for labels that
+    do not fit the images; OSError for a list that is missing."""
     check_dataset(name)
     splits = TREES[name].splits if name in TREES else ("train", "val")
     if split not in splits:
         raise UserError(f"no split \"{split}\"; there are {' and '.join(splits)}")
-    if name != "folder" and (classes is not None or labels is not None):
-        raise UserError(f"--classes and --labels go with --dataset folder; {name} has its own")
-    if name == "folder" and classes is None:
-        raise UserError("--dataset folder needs --classes, for example --classes \"cat, dog\"")
+    if name != "folder" and (classes or labels) or name == "folder" and not classes:
+        raise UserError("--dataset folder needs --classes; others have their own, and --labels")
     if name == "shapes":
         return Shapes(split, seed)
-    tree, own = TREES[name], splits[split]
-    images, listed = tree.images.format(own), tree.lists.format(own)
     if root is None:
         raise UserError(f"--dataset {name} needs --data-root, the folder that holds it")
+    tree, own = TREES[name], splits[split]
+    images, listed = tree.images.format(own), tree.lists.format(own)
     places = [user_path(root) / place for place in tree.places]
     place = next((place for place in places if (place / images).is_dir()), None)
     if place is None:
-        raise UserError(f"no {name} in --data-root {root}: expected a folder {places[0] / images}; "
-                        "see README, Data sets")
+        raise UserError(f"no {name} in --data-root {root}: expected a folder {places[0] / images}")
+    folder, suffix = place / images, "" if tree.suffix == PHOTOS else tree.suffix
+    if listed:  # a line: ID, or folder/ID + suffix, and perhaps more words
+        lines = (place / listed).read_text("utf-8-sig", "replace").splitlines()
+        words = [line.split()[0].rpartition("/")[2] for line in lines if line.strip()]
+        ids = list(dict.fromkeys(word.removesuffix(suffix) for word in words))
+        missing = {i + suffix for i in ids} - set(os.listdir(folder))
+        if missing:
+            raise UserError(f"{len(missing)} of the {len(ids)} images in {place / listed} are "
+                            f"missing, for example {folder / min(missing)}")
+    else:
+        ids = list_folder(folder, tree.suffix)
+    if not ids:
+        raise UserError(f"no images of {name} {split} in {place / (listed or images)}; expected "
+                        f"ID and {tree.suffix}")
     # with COCO's images in a folder of their own the labels lie beside that
     top = place.parent if "images" in tree.places and place.name == "images" else place
-    ids = (_read_list(place / listed, place / images, tree.suffix) if listed else
-           list_folder(place / images, tree.suffix))
-    data = SegmentationData(
-        name, split, classes or CLASSES[name], ids,
-        (place / images, "" if tree.suffix == PHOTOS else tree.suffix),
-        [(top / folder.format(own), suffix, table) for folder, suffix, table in tree.labels],
-        place / tree.instances if (place / tree.instances).is_dir() else None)
+    label_files = [(top / part.format(own), tail, table) for part, tail, table in tree.labels]
     if labels is not None:
-        _add_labels(data, user_path(labels), offset)
-    if not data.ids:
-        raise UserError(f"no images of {name} {split} in {place / (listed or images)}; expected "
-                        f"ID and {tree.suffix}; see README, Data sets")
+        table = id_table(range(offset, len(classes) + offset), range(offset))
+        label_files = [(user_path(labels), tail, table) for tail in LABEL_NAMES]
+    instances = place / tree.instances if (place / tree.instances).is_dir() else None
+    data = SegmentationData(name, split, classes or CLASSES[name], ids, (folder, suffix),
+                            label_files, instances)
+    if labels is not None:  # those that lie among the photographs are none
+        taken = {os.path.realpath(path) for path, _ in data.labels[0].values()}
+        data.ids = [i for i in ids if os.path.realpath(folder / i) not in taken]
+        if not data.has_labels:
+            raise UserError(f"no labels in --labels {labels}; expected ID.png for each image ID")
     return data
-
-
-def _read_list(path, images, suffix):
-    """The ids in a split's file: of each line the first word, ID or folder/ID + suffix."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list of images {path}: "
-                        f"{getattr(error, 'strerror', error)}; see README, Data sets") from None
-    words = [line.split()[0].rpartition("/")[2] for line in lines if line.strip()]
-    ids = list(dict.fromkeys(word.removesuffix(suffix) for word in words))
-    missing = {i + suffix for i in ids} - set(os.listdir(images))
-    if missing:
-        raise UserError(f"{len(missing)} of the {len(ids)} images in {path} are missing, for "
-                        f"example {images / min(missing)}")
-    return ids
-
-
-def _add_labels(data, labels, offset):
-    """Give a folder of one's own its labels, which are no photographs if they lie among these."""
-    folder, C = data.image_file[0], len(data.classes)
-    if not labels.is_dir():
-        raise UserError(f"no folder {labels}; --labels is the folder of ID.png for each ID")
-    if C + offset > VOID:
-        raise UserError(f"--labels-offset 1: 8-bit labels hold {VOID - 1} classes then")
-    labels = folder if os.path.samefile(labels, folder) else labels
-    table = id_table(range(offset, C + offset), range(offset))
-    data.label_files = [(labels, name, table) for name in LABEL_NAMES]
-    found = filter(None, map(data.label_path, range(len(data))))
-    taken = {os.path.realpath(path) for path, _ in found}
-    data.ids = [i for i in data.ids if os.path.realpath(folder / i) not in taken]
-    if data.ids and not data.has_labels:
-        raise UserError(f"no labels in {labels}; expected ID.png for each image ID")
 
 
 class Shapes(SegmentationData):
     """The demo as a data set: pictures and labels are drawn, all at once, when first needed."""
 
     def __init__(self, split, seed):
-        count = {"train": 600, "val": 250}[split]
-        super().__init__("shapes", split, SHAPES, [f"{split}-{i:03}" for i in range(count)], None)
+        ids = [f"{split}-{i:03}" for i in range({"train": 600, "val": 250}[split])]
+        super().__init__("shapes", split, SHAPES, ids, None)
         self.seed, self.has_labels = seed, True
 
     @functools.cached_property
@@ -800,48 +677,19 @@ class Shapes(SegmentationData):
         parts = [draw_shapes(seeds[i : i + 50], **TARGET)[:2] for i in range(0, len(seeds), 50)]
         return [torch.cat(part) for part in zip(*parts)]
 
-    def image(self, index):
-        return self.drawn[0][index]
-
     @functools.cached_property
     def fingerprint(self):
         return f"{super().fingerprint}-{self.seed}"
 
-    def size(self, index):
-        return TARGET["side"], TARGET["side"]
+    def image(self, index):
+        return self.drawn[0][index]
 
     def label(self, index):
         return self.drawn[1][index]
 
 
-DOWNLOADS = {  # name: (address, MD5, the tree inside)
-    "voc": ("https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-            "6cd6e144f989b92b3379bac3b3de84fd", "VOCdevkit/VOC2012"),
-    "ade": ("https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-            "7328b3957e407ddae1d3cbf487f149ef", "ADEChallengeData2016")}
-
-
-def download(name, root):
-    """Fetch and unpack voc (2 GB) or ade (1 GB) into root, unless it is there. Raises UserError."""
-    if name not in DOWNLOADS or root is None:
-        raise UserError(f"--download fetches {' and '.join(DOWNLOADS)} into --data-root; where "
-                        "others are to be had says README, Data sets")
-    root, (url, md5, tree) = user_path(root), DOWNLOADS[name]
-    if (root / tree).is_dir():
-        return
-    from torchvision.datasets.utils import download_and_extract_archive
-    part = root / f"{name}.part"
-    try:
-        download_and_extract_archive(url, root, part, md5=md5)
-        (root / tree).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(part / tree, root / tree)  # all of it or nothing
-    except Exception as error:  # of the network, the disk, the hash, the archive
-        raise UserError(f"downloading {name} into {root} failed: {error}; try again, or fetch it "
-                        "by hand: see README, Data sets") from None
-
-
 # ------------------------------------------------------------------------------------------------
-# 5. Views: what the networks see of an image
+# 4. Views: what the networks see of an image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -865,9 +713,8 @@ def training_view(image, scale, crop, ratio=(0.5, 2.0), generator=None):
     lies in the top left h×w pixels, the rest is padding; `normalise` makes it zero."""
     factor = torch.empty(()).uniform_(*ratio, generator=generator).item()
     image = resize_to_scale(image, scale, factor)
-    height, width = image.shape[-2:]
-    top = int(torch.randint(max(height - crop, 0) + 1, (), generator=generator))
-    left = int(torch.randint(max(width - crop, 0) + 1, (), generator=generator))
+    top, left = (int(torch.randint(max(side - crop, 0) + 1, (), generator=generator))
+                 for side in image.shape[1:])
     image = image[:, top:top + crop, left:left + crop]
     if torch.rand((), generator=generator).item() < 0.5:
         image = image.flip(-1)
@@ -878,32 +725,22 @@ def training_view(image, scale, crop, ratio=(0.5, 2.0), generator=None):
 def draw_colours(generator=None):
     """A random change of brightness, contrast, saturation and hue, each with probability ½.
     Returns the numbers for `photometric_distortion`, in the order in which it applies them:
-    brightness adds up to ±32 levels; "contrast" multiplies all values by 0.5–1.5, and comes either
-    before or after the other colour steps; saturation 0.5–1.5 blends with grey (the authors scale
-    the S of HSV); hue turns by up to 18 of 180. generator: a torch.Generator to draw from."""
-
-    def coin():
-        return torch.rand((), generator=generator).item() < 0.5
-
-    def uniform(wanted, low, high, otherwise):
-        draw = torch.empty(())
-        return draw.uniform_(low, high, generator=generator).item() if wanted else otherwise
-
-    contrast_first, contrast = coin(), coin()
-    return [uniform(coin(), -32, 32, 0.0), uniform(contrast and contrast_first, 0.5, 1.5, 1.0),
-            uniform(coin(), 0.5, 1.5, 1.0), uniform(coin(), -0.1, 0.1, 0.0),
-            uniform(contrast and not contrast_first, 0.5, 1.5, 1.0)]
+    brightness adds up to ±32 levels; contrast, 0.5–1.5, comes before or after the other steps;
+    saturation, 0.5–1.5, blends with grey (the authors scale the S of HSV); hue turns by up to 18 of
+    180. generator: a torch.Generator to draw from."""
+    coin = lambda: torch.rand((), generator=generator).item() < 0.5
+    uniform = lambda low, high: torch.empty(()).uniform_(low, high, generator=generator).item()
+    first, contrast = coin(), coin()
+    return [uniform(-32, 32) if coin() else 0.0, uniform(0.5, 1.5) if contrast and first else 1.0,
+            uniform(0.5, 1.5) if coin() else 1.0, uniform(-0.1, 0.1) if coin() else 0.0,
+            uniform(0.5, 1.5) if contrast and not first else 1.0]
 
 
 def photometric_distortion(images, colours):
-    """Change the colours of a batch of images, each as `draw_colours` says, on their device.
-    images: uint8 B×3×H×W; colours: float32 B×5, on the CPU, where nothing waits for a GPU. Returns
-    uint8 B×3×H×W. Padding is changed too; `normalise` makes it zero."""
+    """Change the colours of images, uint8 B×3×H×W, each as `draw_colours` says, on their device.
+    colours: float32 B×5, on the CPU. Padding is changed too; `normalise` makes it zero."""
     from torchvision.transforms.v2 import functional as TF  # takes seconds to import
-
-    def levels(values):
-        return values.clamp(0, 255).to(torch.uint8)
-
+    levels = lambda values: values.clamp(0, 255).to(torch.uint8)
     changed = []
     for image, (brightness, contrast, saturation, hue, last) in zip(images, colours.tolist()):
         image = levels(levels(image + brightness) * contrast)
@@ -914,9 +751,8 @@ def photometric_distortion(images, colours):
 
 
 def normalise(images, mean, std, sizes=None):
-    """uint8 B×3×H×W, values 0–255 -> float32 B×3×H×W, (value / 255 - mean) / std.
-    sizes: B×2 (h, w), or None; everything outside the top left h×w becomes 0. Works on the device
-    of `images`, where `sizes` should be as well; nothing waits for the device."""
+    """uint8 B×3×H×W, values 0–255 -> float32 B×3×H×W, (value / 255 - mean) / std. sizes: None, or
+    B×2 on the same device: outside the top left h×w all becomes 0. Nothing waits for a GPU."""
     out = images.to(torch.float32, copy=True)
     for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: no copies to the device
         out[:, channel].div_(255).sub_(m).div_(s)
@@ -933,43 +769,35 @@ def padding(sizes, H, W):
 
 
 class TrainingViews:
-    """Training views of a SegmentationData, never its labels.
-    A view depends on (seed, epoch, id of the image) alone: not on readers, processes or
-    interruptions. distort: whether colours are drawn, too."""
+    """Training views of a SegmentationData, never its labels; distort: whether colours are drawn.
+    A view depends on (seed, epoch, id of the image) alone."""
 
     def __init__(self, data, scale, crop, ratio=(0.5, 2.0), distort=True, seed=0):
         self.data, self.seed = data, int(seed)
         self.scale, self.crop, self.ratio, self.distort = scale, crop, ratio, distort
 
-    def __len__(self):
-        return len(self.data)
-
     def batch(self, keys):
         """B pairs (epoch, index) → dict of CPU tensors: view uint8 B×3×crop×crop, size int64 B×2
         (h, w), index int64 B, and with `distort` colours float32 B×5, for `photometric_distortion`
         of the whole batch, on a GPU if there is one."""
-        views, sizes, colours = [], [], []
-        for epoch, index in keys:
-            seed = draw_seed(self.seed, epoch, self.data.ids[index], "view")
-            generator = torch.Generator().manual_seed(seed)
-            view, size = training_view(self.data.image(index), self.scale, self.crop, self.ratio,
-                                       generator)
-            views.append(view)
-            sizes.append(size)
-            colours.append(draw_colours(generator))
-        batch = dict(view=torch.stack(views), size=torch.tensor(sizes),
-                     index=torch.tensor([index for _, index in keys]))
+        parts = []
+        for epoch, i in keys:
+            generator = torch.Generator()
+            generator.manual_seed(draw_seed(self.seed, epoch, self.data.ids[i], "view"))
+            view = training_view(self.data.image(i), self.scale, self.crop, self.ratio, generator)
+            parts.append((*view, draw_colours(generator), i))
+        views, sizes, colours, index = zip(*parts)
+        batch = dict(view=torch.stack(views), size=torch.tensor(sizes), index=torch.tensor(index))
         return batch | dict(colours=torch.tensor(colours)) if self.distort else batch
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Answers kept on disk, and reading ahead
+# 5. Answers kept on disk, and reading ahead
 
 
 def read_ahead(read, keys, workers):
-    """Yield read(key) for each key, in order, read by `workers` threads in advance; 0: by none.
-    Decoding and resizing leave Python's lock to others. Raises what reading raises, where its item
-    would be; nobody reads on when the generator is left."""
+    """Yield read(key) for each key, in order, read in advance by `workers` threads; 0: by none. An
+    error is raised where its item would be; nobody reads on when the generator is left."""
     if not workers:
         yield from map(read, keys)
         return
@@ -989,105 +817,77 @@ def read_ahead(read, keys, workers):
         torch.set_num_threads(threads)
 
 
-class Records:
-    """n records of a numpy type in a file, after `start` bytes, read when they are asked for."""
-
-    def __init__(self, path, kind, n, start):
-        self.kind, self.n, self.start = kind, n, start
-        self.file = open(path, "rb", buffering=0)
-
-    def __len__(self):
-        return self.n
-
-    def rows(self, indices):
-        """The records of a list of indices, a numpy structured array."""
-        size = self.kind.itemsize
-        parts = [os.pread(self.file.fileno(), size, self.start + i * size) for i in indices]
-        return np.frombuffer(b"".join(parts), self.kind)
-
-    def done(self, index):
-        """Whether a record has been written: its last byte tells."""
-        last = self.start + (index + 1) * self.kind.itemsize - 1
-        return os.pread(self.file.fileno(), 1, last) == b"\1"
-
-
 @torch.no_grad()
 def ask_once(folder, name, facts, fields, blocks, read, ask, workers):
-    """What a frozen network says of all items, asked once, block by block, and kept in a file.
-    The file is folder/NAME-FINGERPRINT.npy. facts: plain values on which the records depend; other
-    facts, another file. fields: {name: (numpy type, shape)} of a record. blocks: lists of keys,
-    whose records follow each other; read(block), in `workers` threads, gives what `ask` is given →
-    {name: tensor B×shape}.
-    A record ends with a flag: done. Blocks with a record that lacks it, because the run was
+    """What a frozen network says of all items, asked once, block by block, and kept in the file
+    folder/NAME-FINGERPRINT.npy. facts: plain values on which the records depend; other facts,
+    another file. fields: {name: (numpy type, shape)} of a record. blocks: lists of keys, whose
+    records follow each other; read(block), in `workers` threads, gives what `ask` is given → {name:
+    tensor B×shape}. A record ends with a flag: done. Blocks that lack it, because the run was
     interrupted, are asked (again); several processes share them. A complete file is only read.
-    Returns Records. Raises UserError for a full disk."""
+    Returns a namespace with rows(list of indices), a numpy structured array. Raises OSError."""
     kind = np.dtype([(key, *field) for key, field in fields.items()] + [("done", np.uint8)])
     starts = [0, *itertools.accumulate(map(len, blocks))]
-    # the head of an .npy file, version 1
-    head = repr(dict(descr=kind.descr, fortran_order=False, shape=(starts[-1],)))
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, dict(descr=kind.descr, fortran_order=False, shape=(starts[-1],)))
+    head = head.getvalue()
     path = folder / f"{name}-{fingerprint(json.dumps(facts, sort_keys=True), head)}.npy"
-    head += " " * (-(len(head) + 11) % 64) + "\n"
-    head = b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head.encode("ascii")
     size = len(head) + starts[-1] * kind.itemsize
     if rank() == 0 and not (path.exists() and path.stat().st_size == size):
         print(f"{name}: {size / 1e9:.2f} GB → {printable(path)}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        with writing(path):  # not under a temporary name: whoever else makes it writes the same
-            path.touch()
-            os.truncate(path, size)
-            with open(path, "r+b") as file:
-                file.write(head)
+        path.touch()  # not under a temporary name: whoever else makes it writes the same
+        os.truncate(path, size)
+        with open(path, "r+b") as file:
+            file.write(head)
     barrier()
-    records = Records(path, kind, starts[-1], len(head))
-    left = gather([b for b in range(len(blocks)) if rank() == 0 and not all(
-        map(records.done, range(starts[b], starts[b + 1])))])[0]
+    file = open(path, "rb", buffering=0)
+
+    def rows(indices):
+        at = [len(head) + i * kind.itemsize for i in indices]
+        return np.frombuffer(b"".join(os.pread(file.fileno(), kind.itemsize, i) for i in at), kind)
+
+    # a block is written from its beginning: if its last byte is there, so is the rest
+    ends = [len(head) + end * kind.itemsize - 1 for end in starts[1:]]
+    left = gather([b for b, end in enumerate(ends)
+                   if rank() == 0 and os.pread(file.fileno(), 1, end) != b"\1"])[0]
     own = left[rank()::world()]
-    progress = Progress(name, len(records), len(records) - sum(len(blocks[b]) for b in left))
+    progress = Progress(name, starts[-1], starts[-1] - sum(len(blocks[b]) for b in left))
     for b, batch in zip(own, read_ahead(read, [blocks[b] for b in own], workers)):
         block = np.ones(len(blocks[b]), kind)
         for key, value in ask(batch).items():
             block[key] = value.cpu().numpy()
-        with writing(path), open(path, "r+b") as file:
-            file.seek(len(head) + starts[b] * kind.itemsize)
-            file.write(block.tobytes())
+        with open(path, "r+b") as out:
+            out.seek(len(head) + starts[b] * kind.itemsize)
+            out.write(block.tobytes())
         progress.advance(len(block) * world())
     progress.close()
     barrier()
-    return records
-
-
-class CachedViews:
-    """What a frozen network says of K views of each of n images; epoch e has view e mod K.
-    They are the views that fresh augmentation gives in the first K epochs. records: K·n, as
-    `ask_once` returns them."""
-
-    def __init__(self, records, n):
-        self.records, self.n = records, n
-
-    def __len__(self):
-        return self.n
-
-    def batch(self, keys):
-        """B pairs (epoch, index) → index, int64 B, and B×… of each field by name."""
-        views = len(self.records) // self.n
-        rows = self.records.rows([epoch % views * self.n + i for epoch, i in keys])
-        fields = {name: torch.from_numpy(rows[name].copy()) for name in rows.dtype.names[:-1]}
-        return dict(index=torch.tensor([i for _, i in keys]), **fields)
+    return argparse.Namespace(rows=rows)
 
 
 def cached_views(views, K, folder, name, facts, fields, ask, workers):
-    """CachedViews of K views per image of TrainingViews; the rest as in `ask_once`."""
-    n, data = len(views), views.data
-    facts = dict(facts, data=data.name, images=data.fingerprint, views=K, seed=views.seed,
-                 scale=list(views.scale), crop=views.crop, ratio=list(views.ratio),
-                 distort=views.distort)
+    """What a frozen network says of K views of each of n images, with a `batch` like that of views:
+    of each field B×…, and index, int64 B. Epoch e has view e mod K, so these are the views that
+    fresh augmentation gives in the first K epochs. views: TrainingViews; the rest as `ask_once`."""
+    n, data = len(views.data), views.data
+    own = {key: value for key, value in vars(views).items() if key != "data"}
+    facts = facts | own | dict(data=data.name, images=data.fingerprint, views=K)
     blocks = [[(k, i) for i in rows.tolist()]
               for k in range(K) for rows in torch.arange(n).split(16)]
-    return CachedViews(ask_once(folder, name, facts, fields, blocks, views.batch, ask, workers), n)
+    records = ask_once(folder, name, facts, fields, blocks, views.batch, ask, workers)
+
+    def batch(keys):
+        rows = records.rows([epoch % K * n + i for epoch, i in keys])
+        found = {name: torch.from_numpy(rows[name].copy()) for name in fields}
+        return found | dict(index=torch.tensor([i for _, i in keys]))
+
+    return argparse.Namespace(batch=batch)
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Drawing
+# 6. Drawing, and the command: what is in a data set?
 
 
 def overlay(image, label, colours):
@@ -1107,11 +907,10 @@ def legend(entries, width):
     names = [unicodedata.normalize("NFC", text).encode("ascii", "backslashreplace").decode()
              for text, _ in entries]
     per_line = max(1, width // max([200] + [int(font.getlength(name)) + 56 for name in names]))
-    column = width // per_line
     picture = Image.new("RGB", (width, -(-len(names) // per_line) * line + gap), "white")
     draw = ImageDraw.Draw(picture)
     for n, (name, (_, colour)) in enumerate(zip(names, entries)):
-        x, y = n % per_line * column + gap, n // per_line * line + 4
+        x, y = n % per_line * (width // per_line) + gap, n // per_line * line + 4
         draw.rectangle((x, y + 2, x + 28, y + 19), fill=tuple(colour.tolist()))
         draw.text((x + 36, y), name, "black", font)
     return picture
@@ -1138,80 +937,43 @@ def picture_sheet(rows, headings, present, classes, colours, cell=240):
     return sheet
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. The command: what is in a data set?
-
-
-def contact_sheet(data, count=12):
-    """A PIL image: `count` images, each beside its labels if there are any, and a legend below."""
-    pictures, present = [], set()
-    for i in evenly(len(data), count):
-        pictures.append(data.image(i))
-        if data.has_labels:
-            label = data.label(i)
-            pictures.append(overlay(pictures[-1], label, data.palette))
-            present |= set(label.unique().tolist()) - {VOID}
-    rows = [pictures[i : i + 6] for i in range(0, len(pictures), 6)]
-    return picture_sheet(rows, [], present, data.classes, data.palette)
-
-
-def describe(data, limit):
-    """Print what is there, by the sizes and labels of at most `limit` images."""
-    some = evenly(len(data), limit)
-    sizes = torch.tensor([data.size(i) for i in some])
-    which = "folder" if data.name == "folder" else f"{data.name} {data.split}"
-    print(f"{which}: {len(data)} images, {len(data) if data.has_labels else 'no'} labels, "
-          f"{len(data.classes)} classes; of {len(some)} images")
-    for side, values in (("height", sizes[:, 0]), ("width", sizes[:, 1])):
-        print(f"  {side}: {values.min()} to {values.max()}, median {values.median()}")
-    if data.has_labels:
-        counts = sum(data.label(i).flatten().bincount(minlength=256) for i in some)
-        shares = 100 * counts / counts[:VOID].sum().clamp(min=1)
-        print("  per cent of the labelled pixels:")
-        for k, name in enumerate(data.classes):
-            print(f"  {k:>3} {called(name):24}{shares[k]:9.2f}")
-        print(f"  {'void, of all pixels':28}{100 * counts[VOID] / counts.sum():9.2f}")
-
-
 @clean_exit
 def main(argv=None):
-    parser = Parser(description="Show what a data set holds; fetch it first, if asked to. This "
-                                "command opens ground truth; training does not.")
+    parser = Parser(description="What a data set holds. Opens ground truth; training does not.")
     flag = parser.add_argument
     flag("--dataset", metavar="NAME", default="shapes", help=", ".join(DATASETS))
     flag("--data-root", type=user_path, metavar="DIR", help="the folder that holds the data set")
     flag("--train-split", metavar="NAME", default="train", help="train, of voc also trainaug")
     flag("--classes", metavar="NAMES", help="for folder: \"cat, dog\", or a file")
     flag("--labels", type=user_path, metavar="DIR", help="for folder: ID.png for each image ID")
-    flag("--labels-offset", type=int, choices=(0, 1), default=0,
-         help="1: in --labels 0 is background and class k is k+1")
-    flag("--download", action="store_true", help="fetch voc or ade into --data-root")
-    flag("--limit", type=count, default=200, metavar="N",
-         help="images per split whose sizes and labels are read (default 200)")
-    flag("--seed", type=seed_number, default=0, help="for shapes")
+    flag("--labels-offset", type=int, choices=(0, 1), default=0, help="1: 0 is background")
     flag("--out", type=user_path, metavar="FILE", help="contact sheet (runs/data-DATASET.png)")
     args = parser.parse_args(argv)
-    classes = None if args.classes is None else parse_classes(args.classes)
-    if args.download:
-        download(args.dataset, args.data_root)
+    classes, shown = args.classes and parse_classes(args.classes), None
     # of a folder, both splits are the same images
-    splits, problem = [], None
     for split in ("val",) if args.dataset == "folder" else (args.train_split, "val"):
         try:
-            splits.append(open_dataset(args.dataset, args.data_root, split, classes, args.seed,
-                                       args.labels, args.labels_offset))
-        except UserError as error:  # one split is enough to look at
-            problem = error
-    if not splits:
-        raise problem
-    if problem:
-        print(f"one split cannot be opened: {printable(problem)}")
-    for data in splits:
-        describe(data, args.limit)
-    out = args.out or Path(f"runs/data-{args.dataset}.png")
+            data = open_dataset(args.dataset, args.data_root, split, classes,
+                                labels=args.labels, offset=args.labels_offset)
+            print(f"{data.name} {split}: {len(data)} images, "
+                  f"{len(data) if data.has_labels else 'no'} labels, {len(data.classes)} classes")
+            shown = data
+        except (UserError, OSError) as error:  # one split is enough to look at
+            if split == "val" and shown is None:
+                raise
+            print(printable(error))
+    pictures, present = [], set()
+    for i in evenly(len(shown), 12):
+        pictures.append(shown.image(i))
+        if shown.has_labels:
+            label = shown.label(i)
+            pictures.append(overlay(pictures[-1], label, shown.palette))
+            present |= set(label.unique().tolist()) - {VOID}
+    rows, out = [pictures[i : i + 6] for i in range(0, len(pictures), 6)], args.out
+    out = out or Path(f"runs/data-{args.dataset}.png")
     make_folder(out.parent)
-    save_picture(contact_sheet(splits[-1]), out)
-    print(f"\nwrote {out}: images, beside their labels if there are any")
+    save_picture(picture_sheet(rows, [], present, shown.classes, shown.palette), out)
+    print(f"wrote {out}: images, beside their labels if there are any")
 
 
 if __name__ == "__main__":

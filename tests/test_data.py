@@ -1,16 +1,13 @@
 """data.py: class names, files, every data set's tree and labels, views, answers kept on disk."""
 
 import builtins
-import hashlib
 import itertools
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import threading
 import unicodedata
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +85,7 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
     refuses("cannot write .*a: No space left", data.write_text, tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-    refuses("cannot write .*/a", data.make_folder, tmp_path / "a/b")
+    refuses("/a", data.make_folder, tmp_path / "a/b", error=OSError)
 
 
 def test_slow_imports_are_left_out():
@@ -131,25 +128,22 @@ FILES = [  # a class file, and the classes in it or a part of the complaint
     ("names: [cat,\n  hot dog]\nnc: 2", ["cat", "hot dog"]),
     ("path: x\nnames:\n  0: cat\n  1: hot dog\nnc: 2", ["cat", "hot dog"]),
     ("names:\n- cat\n- 'hot dog'\nnc: 2", ["cat", "hot dog"]),
-    ("Pixel Value, Class\n0, background\n1, cat", ["background", "cat"]),
-    ("Idx\tRatio\tName\n1\t0.1\twall\n2\t0.2\tbuilding;edifice", ["wall", "building, edifice"]),
-    ("name,r,g,b\nsky,1,2,3\nroad,4,5,6", ["sky", "road"]), ('["cat", "dog"]', ["cat", "dog"]),
-    ("64 128 64\tcat\n192 0 128\tdog", ["cat", "dog"]), ("0: cat\n1: dog", ["cat", "dog"]),
-    ("__ignore__\n_background_\ncat", ["cat"]), ("", "0 classes"), ('{"0": "cat"}', '"{"0":'),
-    ("1: cat\n5: dog", '"1: cat"'), ("<a>\n<name>cat</name>", '"<a>"'), ("0.5 0.1\n1 2", "0.5 0.1"),
-    ("person, man\nman", '"man" is repeated'), ("person, MAN, man\ncat", '"man" is repeated'),
-    ("cat\nperson, , man", '""'), ("cat,\ndog\x1b[2J", "is no class name"),
-    (",".join(map(str, range(256))), "256 classes")]
+    ('["cat", "dog"]', ["cat", "dog"]), ("Pixel Value, Class\n0, background\n1, cat", '"0"'),
+    ("Idx\tName\n1\twall", '"Idx.Name"'), ("sky,1,2,3\nroad,4,5,6", '"1"'), ("", "0 classes"),
+    ("64 128 64 cat\n192 0 128 dog", '"64 128 64 cat"'), ("0: cat\n1: dog", '"0: cat"'),
+    ("__ignore__\n_background_\ncat", '"__ignore__"'), ("1 cat\n2 dog", '"1 cat"'),
+    ('{"0": "cat"}', '"{"0":'), ("names:\n  1: cat\n  5: dog", '"1: cat"'), ("<a>\n<b>", '"<a>"'),
+    ("person, man\nMan", '"man" is repeated'), ("cat\nperson, , man", '""'),
+    ("cat,\ndog\x1b[2J", "is no name"), (",".join(map(str, range(256))), "256 classes")]
 
 
 @pytest.mark.parametrize("content, classes", FILES)
-def test_class_files(tmp_path, content, classes, capsys):
+def test_class_files(tmp_path, content, classes):
     (tmp_path / "names.txt").write_text(content, "utf-8")
     if isinstance(classes, str):
         refuses(classes.replace("{", r"\{"), data.parse_classes, str(tmp_path / "names.txt"))
-        return
-    assert data.parse_classes(str(tmp_path / "names.txt")) == classes
-    assert ("_background_" in capsys.readouterr().out) == ("_background_" in content)
+    else:
+        assert data.parse_classes(str(tmp_path / "names.txt")) == classes
 
 
 def test_class_names_on_the_command_line():
@@ -179,7 +173,6 @@ def stored(path, pixels, mode=None, **options):
     (image.convert(mode) if mode else image).save(path, **options)
     read = data.read_image(path)
     assert read.dtype == torch.uint8 and read.shape[0] == 3 and read.is_contiguous()
-    assert data.image_size(path) == tuple(read.shape[1:])
     return read.permute(1, 2, 0).numpy().astype(int)
 
 
@@ -211,7 +204,6 @@ def test_photographs_are_turned(tmp_path, orientation):
     for path in (tmp_path / "x.tif", tmp_path / "x.png"):
         assert (stored(path, RGB, exif=exif(orientation)) == TURNED[orientation]).all()
     assert (data.read_image(path, turn=False).permute(1, 2, 0).numpy() == RGB).all()
-    assert data.image_size(path, turn=False) == (H, W)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -226,7 +218,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for name, reason in {"gone.jpg": "No such file", "pipe.jpg": "no file", ".": "no file"}.items():
         refuses(f"{name}: .*{reason}", data.read_image, tmp_path / name)
-    refuses("cannot read label .*x.jpg: .*RGB", data.read_label, tmp_path / "x.jpg")
+    refuses("label .*x.jpg: .*RGB", data.read_label, tmp_path / "x.jpg", tmp_path / "x.jpg")
 
 
 def test_what_is_read_of_a_folder(tmp_path, capsys, monkeypatch):
@@ -263,11 +255,11 @@ def test_real_photographs_and_their_labels():
         assert real.has_labels and len(real)
         for i in range(len(real)):
             image = np.array(Image.open(real.image_path(i)))
-            raw = np.array(Image.open(real.label_path(i)[0])).astype(int)
+            raw = np.array(Image.open(real.labels[0][real.ids[i]][0])).astype(int)
             expected = (np.where((raw == 0) | (raw == 255), 255, raw - 1) if name == "voc" else raw)
             assert (real.image(i).permute(1, 2, 0).numpy() == image).all()
-            assert (real.label(i).numpy() == expected).all() and real.size(i) == raw.shape
-    ids = np.array(Image.open(real.label_path(0)[0].replace("TrainIds", "Ids")))
+            assert (real.label(i).numpy() == expected).all() and real.image(i).shape[1:] == raw.shape
+    ids = np.array(Image.open(real.labels[0][real.ids[0]][0].replace("TrainIds", "Ids")))
     assert (data.CITYSCAPES_IDS[ids.astype(int)].numpy() == expected).mean() > 0.99
 
 
@@ -302,7 +294,7 @@ def test_voc_and_context(tmp_path):
     voc_tree(tmp_path, dict(val="a"), "Context", "VOC2010", rows(0, 1, 59))
     context = data.open_dataset("context", tmp_path, "val")
     assert first_column(context.label(0)) == [VOID, 0, 58, 58, 58, 58]
-    refuses("list of images .*train.txt: No such", data.open_dataset, "context", tmp_path)
+    refuses("train.txt", data.open_dataset, "context", tmp_path, error=OSError)
     refuses('no split "trainaug"', data.open_dataset, "context", tmp_path, "trainaug")
 
 
@@ -359,13 +351,13 @@ def test_labels_that_do_not_fit(tmp_path):
     for name in ("a.jpg", "b.png"):
         save(photos / name, RGB)
     opened = lambda *classes, **options: folder(photos, *classes, labels=labels, **options)
-    refuses("no folder .*labels", opened)
+    refuses("no labels in .*labels", opened)
     save(labels / "other.jpg", RGB)
     refuses("2 of .*labels.a.png.*other.jpg", opened)
     (labels / "other.jpg").unlink()
     refuses("no labels in .*labels", opened)
     save(labels / "a_mask.png", LABEL, "P")
-    refuses("1 of .*b.png.*none", opened)
+    refuses("1 of .*b.png.*no others", opened)
     save(labels / "b.png", LABEL)
     three = opened("cat dog sofa")
     assert three.ids == ["a.jpg", "b.png"] and (three.label(0).numpy() == LABEL).all()
@@ -373,7 +365,7 @@ def test_labels_that_do_not_fit(tmp_path):
     two = opened(offset=1)
     assert (two.label(1).numpy() == np.where(LABEL == 0, 255, LABEL - 1.0)).all()
     save(labels / "b.png", LABEL[1:])
-    refuses("b.png is 8×5 pixels, its image 8×6", two.label, 1)
+    refuses("b.png: 8×5 pixels, its image 8×6", two.label, 1)
     refuses("--labels", data.open_dataset, "voc", photos, labels=labels)
     for kind in ("", "_mask"):  # labels among photographs of the same ending
         save(tmp_path / f"both/x{kind}.png", RGB if not kind else LABEL)
@@ -388,7 +380,7 @@ def test_labels_turn_with_their_photographs(tmp_path, drawn, orientation):
     save(tmp_path / "labels/a.png", LABEL if drawn == "stored" else turned)
     one = folder(tmp_path / "photos", "cat dog sofa", labels=tmp_path / "labels")
     assert (one.label(0).numpy() == turned).all()
-    assert one.image(0).shape[1:] == one.label(0).shape == one.size(0)
+    assert one.image(0).shape[1:] == one.label(0).shape
     assert data.TrainingViews(one, (20, 20), 20, (1.0, 1.0)).batch([(0, 0)])["size"].tolist() == [
         [20, 15] if orientation == 6 else [15, 20]]
 
@@ -412,25 +404,6 @@ def test_fingerprints_tell_images_apart(tmp_path):
     value = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert len(set(shapes)) == 4 and data.fingerprint("abc") == data.fingerprint(b"a", "bc")
     assert data.fingerprint(value.T) == data.fingerprint(value.T.contiguous().numpy().tobytes())
-
-
-def test_downloads_are_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
-    refuses("voc and ade into --data-root", data.download, "stuff", tmp_path)
-    url, _, tree = data.DOWNLOADS["ade"]
-    archive = tmp_path / url.rpartition("/")[2]
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr(f"{tree}/images/a.txt", "")
-    monkeypatch.setattr("torchvision.datasets.utils.download_url",
-                        raising(RuntimeError("File not found or corrupted.")))
-    refuses(f"downloading ade into {tmp_path} failed: .*corrupted", data.download, "ade", tmp_path)
-    assert not (tmp_path / tree).exists()
-    monkeypatch.undo()
-    digest = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setitem(data.DOWNLOADS, "ade", (url, digest, tree))
-    for _ in range(2):
-        data.download("ade", tmp_path)  # finds the archive, whose hash is right; then the tree
-        assert (tmp_path / tree / "images/a.txt").exists()
-        archive.write_bytes(b"")
 
 
 # ---- Views -------------------------------------------------------------------------------------
@@ -459,7 +432,7 @@ def test_views_are_what_the_recipe_says():
     from torchvision.transforms.v2 import functional as TF
 
     views = real_views()
-    keys = [(epoch, i) for epoch in range(6) for i in range(len(views))]
+    keys = [(epoch, i) for epoch in range(6) for i in range(len(views.data))]
     batch, flips = views.batch(keys), 0
     for n, (epoch, i) in enumerate(keys):
         torch.manual_seed(data.draw_seed(3, epoch, views.data.ids[i], "view"))
@@ -558,7 +531,7 @@ def ask_ten(path, facts=0, block_by=lambda block: block, workers=2):
 
 def check_ten(records):
     rows = records.rows([9, 0, 4, 9])
-    assert len(records) == 10 and rows["x"].tolist() == [[81, 81], [0, 0], [16, 16], [81, 81]]
+    assert rows["x"].tolist() == [[81, 81], [0, 0], [16, 16], [81, 81]]
     assert rows["y"].tolist() == [True, False, False, True]
 
 
@@ -587,21 +560,7 @@ def test_a_network_is_asked_once(tmp_path, monkeypatch, capsys):
     )(path, mode, *args, **options))
     check_ten(ask_ten(tmp_path / "cache"))  # a colleague's, to read only
     assert not asked and opened(file, "rb").read() == content
-    refuses("cannot write .*squares.*Permission denied", ask_ten, tmp_path / "cache", facts=2)
-
-
-def test_a_full_disk_is_one_line_and_the_rest_is_asked_later(tmp_path):
-    refuses(None, ask_ten, tmp_path, block_by=raising(KeyboardInterrupt), error=KeyboardInterrupt)
-    file, = tmp_path.iterdir()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size - 10, limits[1]))
-    try:
-        refuses("cannot write .*squares", ask_ten, tmp_path, workers=0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert asked == BLOCKS
-    check_ten(ask_ten(tmp_path))
-    assert asked == BLOCKS[-1:]
+    refuses("Permission denied", ask_ten, tmp_path / "cache", facts=2, error=PermissionError)
 
 
 def test_processes_share_what_is_asked(tmp_path, monkeypatch):
@@ -637,7 +596,7 @@ def test_cached_views_are_those_of_the_first_epochs(tmp_path):
     assert same(cached.batch(keys), dict(index=torch.tensor([1, 0, 1]), mean=expected))
     data.cached_views(real_views(seed=4), 3, tmp_path, "views", {}, dict(mean=("float32", (3,))),
                       lambda batch: dict(mean=batch["view"].float().mean((2, 3))), 0)
-    assert len(cached) == len(views) and len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # ---- Drawing, and the command ------------------------------------------------------------------
@@ -657,28 +616,23 @@ def test_overlays_show_classes():
     assert (shown.argmax(0) == label)[1:].all() and torch.equal(shown[:, 0], image[:, 0])
 
 
-def test_the_command_describes_a_data_set(tmp_path, capsys):
-    voc_tree(tmp_path, dict(train="a\nb", val="a"))
+def test_the_command(tmp_path, capsys, monkeypatch):
+    voc_tree(tmp_path / "voc", dict(train="a\nb", val="a"))
     out = tmp_path / "sheets/voc.png"
-    run(data.main, "--dataset", "voc", "--data-root", tmp_path, "--out", out)
+    run(data.main, "--dataset", "voc", "--data-root", tmp_path / "voc", "--out", out)
     said = capsys.readouterr().out
-    assert "voc train: 2 images, 2 labels, 20 classes" in said and "height: 6 to 6" in said
-    lines = [line.split() for line in said.splitlines()]
-    assert lines.count(["0", "airplane", "50.00"]) == 2
-    assert lines.count(["19", "tv", "monitor", "50.00"]) == 2
-    assert said.count("66.67") == 2  # void
+    assert "voc train: 2 images, 2 labels, 20 classes" in said and "voc val: 1 images" in said
     assert Image.open(out).mode == "RGB" and Image.open(out).width > 480
-
-
-def test_the_command_without_labels_and_without_a_split(tmp_path, capsys, monkeypatch):
+    shutil.rmtree(tmp_path / "voc")
+    shutil.rmtree(tmp_path / "sheets")
     monkeypatch.chdir(tmp_path)
     for n in range(15):
         picture(f"{n}.jpg", (20, 10 + n))
     picture("leftImg8bit/val/bonn/1_leftImg8bit.png")
     for _ in range(2):  # its own contact sheet is no photograph the second time
-        run(data.main, "--dataset", "folder", "--data-root", ".", "--classes", "cat", "--limit", 5)
+        run(data.main, "--dataset", "folder", "--data-root", ".", "--classes", "cat")
         said = capsys.readouterr().out
-        assert "folder: 16 images, no labels, 1 classes" in said and "per cent" not in said
+        assert "folder val: 16 images, no labels, 1 classes" in said
     run(data.main, "--dataset", "cityscapes", "--data-root", ".")
     said = capsys.readouterr().out
     assert "no cityscapes" in said and "cityscapes val: 1 images, no labels" in said

@@ -296,7 +296,6 @@ reclip --dataset folder --data-root good --classes twice.txt | cat twice.txt
 reclip --dataset folder --data-root good --classes many.txt | 256
 reclip {FOLDER} good --labels empty                       | empty
 reclip --seed {1 << 70}                                   | --seed
-reclip --epochs 2 --schedule 1                            | --schedule 1
 reclip --crop 8                                           | --crop 8
 reclip --unknown 3                                        | --unknown
 reclip --tune-encoder --views 2                           | --tune-encoder --views

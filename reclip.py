@@ -421,8 +421,7 @@ def global_hypothesis(scores, threshold, top):
 def make_hypotheses(data, model, Wq, s, folder, device):
     """The hypotheses of the images of `data`, as a function: indices of B images → bool B×C.
     What they are decided from (crops that each class won, or 100·cosine) is kept in `folder`, so
-    thresholds can be changed without encoding again. s: settings hypothesis, crop_ratio, threshold,
-    top, activation, heads, amp, workers."""
+    thresholds can be changed without encoding again. s: settings, as of `train`."""
     crops, names = s.hypothesis == "crops", name_counts(data.classes)
     if s.learn_query:  # hypotheses are the fixed Query's
         Wq = query_features(model, data.classes)
@@ -782,8 +781,7 @@ def load_checkpoint(path):
     except (ValueError, OSError) as error:
         raise UserError(error) from None
     if checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of reclip.py or distill.py, or of an earlier "
-                        "version")
+        raise UserError(f"{path} is no checkpoint of these reclip.py and distill.py")
     return checkpoint
 
 
@@ -803,9 +801,9 @@ def plain(s):
 def passed_on(s):
     """Settings that the evaluation after a training is given too, as a command line."""
     names = ("device", "workers", "clip", "data_root", "labels", "labels_offset")
-    given = [(name.replace("_", "-"), vars(s).get(name)) for name in names]
-    return ["--amp" if s.amp else "--no-amp",
-            *(f"--{name}={value}" for name, value in given if value is not None)]
+    return ["--amp" if s.amp else "--no-amp"] + [
+        f"--{name.replace('_', '-')}={getattr(s, name)}"
+        for name in names if getattr(s, name, None) is not None]
 
 
 def load_clip(source, activation=None, device="cpu", heads=None):
@@ -847,10 +845,7 @@ def image_encoder(model, preset):
 
 def usual_surgery(model, surgery="program"):
     """`surgery`, but "value" for a larger CLIP, with which "program" collapses (ClearCLIP)."""
-    if surgery != "program" or len(model.visual.proj) <= 768:
-        return surgery
-    print("--surgery value: with CLIPs larger than ViT-B program collapses (README)")
-    return "value"
+    return "value" if surgery == "program" and len(model.visual.proj) > 768 else surgery
 
 
 def open_rectified(path, device="cpu", source=None):
@@ -860,8 +855,7 @@ def open_rectified(path, device="cpu", source=None):
     s, classes = argparse.Namespace(**checkpoint["settings"]), checkpoint["classes"]
     model = load_clip(source or s.clip, s.activation, device, s.heads)
     if clip_fingerprint(model) != checkpoint["clip"]:
-        raise UserError(f"{path} was made with another CLIP than {source or s.clip}; say with "
-                        "--clip where its own is now")
+        raise UserError(f"{path} is of another CLIP than {source or s.clip}; see --clip")
     rectifier = make_rectifier(model, classes, checkpoint["state"]["Wq"], s)
     rectifier.load_state_dict(checkpoint["state"])
     return RectifiedCLIP(model, rectifier, checkpoint["Wr"], classes, s)
@@ -874,9 +868,8 @@ def make_rectifier(model, classes, Wq, s):
 
 
 def pick_device(name=None):
-    """CUDA, else MPS, else the CPU, unless named. Under torchrun it joins the other processes, of
-    which each has a GPU of its own and only the first prints. Raises UserError for a device that is
-    not there."""
+    """CUDA, else MPS, else the CPU, unless named; UserError if that is not there. With torchrun it
+    joins the other processes, of which each has a GPU of its own and only the first prints."""
     together = dist.is_torchelastic_launched()
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else
@@ -888,8 +881,7 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error)[:80]}") from None
     if together and not dist.is_initialized():
-        # Plain values go by way of the CPU: no GPU has to finish for them. And a day's patience:
-        # one process may download what the others wait for.
+        # Plain values go by way of the CPU. A day's patience: one may download for the others.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=1))
         atexit.register(dist.destroy_process_group)
@@ -910,9 +902,8 @@ def one_first():
 
 
 def parallel(module, device):
-    """The module itself, or, for several processes, in DistributedDataParallel, whose gradients are
-    means over the processes. BatchNorm takes its statistics over all of them on CUDA; on the CPU,
-    where PyTorch cannot, over each process's own share of the batch."""
+    """The module, for several processes in DistributedDataParallel. BatchNorm's statistics are then
+    of the whole batch on CUDA; on the CPU, where PyTorch cannot, of each process's own share."""
     if world() == 1:
         return module
     if device.type == "cuda":
@@ -1077,8 +1068,7 @@ def main(argv=None):
     model = load_clip(s.clip, s.activation, device, s.heads)
     s.activation, s.surgery = model.activation, args.surgery or usual_surgery(model, s.surgery)
     if s.crop <= model.visual.conv1.stride[0]:
-        raise UserError(f"--crop {s.crop}: expected more than a patch of "
-                        f"{model.visual.conv1.stride[0]} pixels")
+        raise UserError(f"--crop {s.crop}: expected more pixels than a patch of this CLIP has")
     print("  ".join(f"{key}={value}" for key, value in plain(s).items() if key != "classes"))
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes → {s.out}/")
 

@@ -83,13 +83,6 @@ def test_last_blocks_in_bf16_and_backward(surgery, heads):
     assert visual.conv1.weight.grad.isfinite().all()
 
 
-def test_images_are_padded_right_and_bottom_to_whole_patches(model):
-    images = normal(2, 3, 40, 52)
-    Z = dense_features(model.visual, images)
-    assert Z.shape == (2, 32, 3, 4)
-    assert_close(Z, dense_features(model.visual, F.pad(images, (0, 12, 0, 8))))
-
-
 def test_the_callers_clip_is_not_changed():
     model, images = random_clip(), normal(1, 3, 40, 52)
     exact = reclip.image_encoder(model, "paper")
@@ -147,23 +140,6 @@ def test_a_name_without_room_for_a_prompt(model, tokens):
     refuses("owl owl", Reference, model, ["cat", " ".join(["owl"] * tokens)])
 
 
-def test_reference_in_bf16_is_nearly_the_same(tiny_clip):
-    reference = Reference(tiny_clip, NAMES)
-    reference.prompt.data = normal(*reference.prompt.shape)
-    outcomes = []
-    for half in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            Wr = reference(tiny_clip)
-        gradient = torch.autograd.grad((Wr * normal(*Wr.shape)).sum(), reference.prompt)[0]
-        outcomes.append((Wr, gradient))
-    (exact, exact_gradient), (Wr, gradient) = outcomes
-    assert Wr.dtype == torch.float32 and not torch.equal(Wr, exact)
-    assert F.cosine_similarity(Wr, exact).min() > 0.9999
-    assert F.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0) > 0.999
-
-
-# ---- Bias, masks, loss -------------------------------------------------------------------------
-
 @torch.no_grad()
 @pytest.mark.parametrize("bias", ["independent", "joint", "reference", "none"])
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -191,53 +167,13 @@ def test_hidden_widths_of_the_position_are_two_and_one_third_of_the_encoders():
     assert widths == [[512, 256, 5], [64, 32, 5]]
 
 
-def test_adding_the_bias_is_subtracting_it_with_another_position(model):
-    """ReCLIP++'s bias is linear in Wp: Wp → −Wp turns one model into the other."""
-    Z, p, (Wq, Wr) = F.normalize(normal(2, 32, 2, 3), dim=1), normal(1, 64, 2, 3), normal(2, 3, 32)
-    less, more = (Rectifier(model, ["a", "b", "c"], Wq, decoder=False, sign=s) for s in (-1, 1))
-    more.load_state_dict(less.state_dict() | {
-        f"position.{name}": -value for name, value in less.position.state_dict().items()})
-    assert_close(more(Z, p, Wr)[1], less(Z, p, Wr)[1])
-
-
-def test_decoder_sees_features_and_logits_of_a_5x5_neighbourhood():
-    decoder = reclip.Decoder(4, 3).eval()
-    Z, M = normal(1, 4, 9, 9), normal(1, 3, 9, 9)
-    expected = F.pad(torch.ones(5, 5), (2, 2, 2, 2)).bool()
-    for source, channel in ((Z, 1), (M, 2)):
-        before = decoder(Z, M)
-        source[0, channel, 4, 4] += 1
-        assert torch.equal((decoder(Z, M) != before).any(1)[0], expected)
-
-
-def test_gumbel_masks_are_one_hot_with_the_gradient_of_a_softmax():
-    logits = normal(2, 4, 5, 6).requires_grad_()
-    noise, weights = gumbel_noise((4, 5, 6), [1, 2]), normal(2, 4, 5, 6, seed=1)
-    masks, soft = reclip.gumbel_masks(logits, 0.5, noise), (logits / 0.5 + noise).softmax(1)
-    assert torch.equal(masks, F.one_hot(soft.argmax(1), 4).permute(0, 3, 1, 2).float())
-    gradient, expected = (torch.autograd.grad(x, logits, weights)[0] for x in (masks, soft))
-    assert_close(gradient, expected)
-
-
 def test_gumbel_noise_depends_on_the_seed_alone():
     noise = gumbel_noise((3, 40, 50), [5, 2**62, 7])
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
     assert torch.equal(gumbel_noise((3, 40, 50), [2**62, 5]), noise[[1, 0]])
-    assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(noise[0], noise[1])
     # The standard Gumbel distribution has mean 0.5772 and variance π²/6.
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.04)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.06)
-
-
-def test_masked_pooling_divides_by_all_patches():
-    masks, features = normal(2, 3, 4, 5), normal(2, 6, 4, 5, seed=1)
-    pooled = reclip.masked_pooling(masks, features)
-    assert pooled.shape == (2, 3, 6)
-    for b, c, k in np.ndindex(2, 3, 6):
-        total = (masks[b, c] * features[b, k]).sum().item()
-        assert pooled[b, c, k].item() == pytest.approx(total / 20, abs=1e-6)
 
 
 @pytest.mark.parametrize("hypothesis", [
@@ -252,8 +188,6 @@ def test_contrastive_loss_against_a_loop(hypothesis):
     loss = reclip.contrastive_loss(S, torch.tensor(hypothesis).bool(), tau)
     assert loss.item() == pytest.approx(total / 3, rel=1e-5)
 
-
-# ---- Several names a class ---------------------------------------------------------------------
 
 def test_a_query_class_is_as_likely_as_its_best_name(model):
     Wq, names = normal(6, 32), ["person", "man", "woman", "cat", "sofa", "couch"]
@@ -284,16 +218,6 @@ def test_windows_overlap_by_half_and_cover_the_image(r, steps, H, W):
         distances = np.diff(starts)
         assert (distances <= r * side / 2 + 1).all()  # so no pixel is left out
         assert (distances >= r * side / 2 - 1).all() or not (1 / r).is_integer()
-
-
-def test_crops_are_clips_view_of_the_windows():
-    image = (normal(3, 60, 90).sigmoid() * 255).to(torch.uint8)
-    crops = reclip.cut_crops(image, 1 / 2, 24)
-    assert crops.shape == (9, 3, 24, 24) and crops.dtype == torch.uint8
-    part = image[:, 15:45, 22:67]  # the middle one, 30×45; round(22.5) is 22
-    expected = F.interpolate(part[None].float(), (24, 36), mode="bicubic", antialias=True)
-    difference = crops[4].float() - expected[0, :, :, 6:30].clamp(0, 255)
-    assert difference.abs().max() <= 1.5
 
 
 def test_hypotheses_by_hand():
@@ -425,13 +349,6 @@ def test_processes_share_every_batch(tmp_path, monkeypatch):
         assert len(parts[0]) == len(parts[1]) == -(-len(batch) // 2)  # filled up
         assert {*parts[0], *parts[1]} == {*batch}
 
-
-def test_fingerprint_tells_clips_apart():
-    first, again, other = (reclip.clip_fingerprint(random_clip(seed)) for seed in (0, 0, 1))
-    assert first == again != other
-
-
-# ---- Label maps --------------------------------------------------------------------------------
 
 def fields(kind, C, h, w, B=2):
     """Logits B×C×h×w: of noise alone, or smooth with classes that are rarer than others."""

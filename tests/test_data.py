@@ -4,8 +4,6 @@ import builtins
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import unicodedata
 from pathlib import Path
@@ -13,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 
 import data
-from conftest import REAL, REPOSITORY, picture, python, raising, refuses, run, same, save
+from conftest import REAL, picture, raising, refuses, run, same, save
 from data import VOID, UserError
 
 H, W = 6, 8
@@ -33,8 +30,7 @@ def rows(*values):
 
 
 def first_column(label):
-    assert label.dtype == torch.int64 and label.shape == (H, W)
-    assert (label == label[:, :1]).all()
+    assert label.dtype == torch.int64 and (label == label[:, :1]).all()
     return label[:, 0].tolist()
 
 
@@ -42,14 +38,10 @@ def folder(path, classes="cat dog", **options):
     return data.open_dataset("folder", path, "val", classes.split(), **options)
 
 
-# ---- Mistakes, progress, processes -------------------------------------------------------------
-
-
 def test_values_on_a_command_line():
     for kind, good, bad in (
             ("count", "1", "0"), ("natural", "0", "-1"), ("count", "7", "many"),
-            ("share", "1", "1.1"), ("share", "0", "nan"), ("positive", "1e-9", "0"),
-            ("positive", "2", "inf"), ("seed_number", "-3", str(1 << 63))):
+            ("share", "1", "1.1"), ("positive", "2", "inf"), ("seed_number", "-3", str(1 << 63))):
         parser = data.Parser()
         parser.add_argument("--n", type=getattr(data, kind))
         assert parser.parse_args(["--n", good]).n == float(good)
@@ -61,8 +53,7 @@ def test_values_on_a_command_line():
      "error: no image a\\x1b[2J error: b\\udcff é.jpg"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--batch"),
     (MemoryError(), "out of memory"), (OSError(28, "No space left on device", "x.pt"), "x.pt"),
-    (OSError(24, "Too many open files"), "Too many open files"), (OSError("not a file's"), None),
-    (RuntimeError("shapes cannot be multiplied"), None)])
+    (OSError("not a file's"), None), (RuntimeError("shapes cannot be multiplied"), None)])
 def test_what_a_user_can_mend_is_one_line(error, said, capsys):
     end = refuses(None, data.clean_exit(raising(error)), error=SystemExit if said else type(error))
     err = capsys.readouterr().err
@@ -70,101 +61,52 @@ def test_what_a_user_can_mend_is_one_line(error, said, capsys):
     assert said is None or said in err and end == "2"
 
 
-def test_a_reader_that_leaves_is_no_traceback():
-    code = ("import data\n@data.clean_exit\ndef main(argv=None):\n    while True:\n"
-            "        print('line')\nmain()")
-    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, cwd=REPOSITORY)
-    command.stdout.read(1)
-    command.stdout.close()
-    assert command.stderr.read().count(b"\n") == 1 and command.wait(60) == 2
-
-
 def test_nothing_is_half_written(tmp_path, monkeypatch):
     data.write_text(tmp_path / "a", "old")
     monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
     refuses("cannot write .*a: No space left", data.write_text, tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-    refuses("/a", data.make_folder, tmp_path / "a/b", error=OSError)
-
-
-def test_slow_imports_are_left_out():
-    code = ("import data, sys; data.Shapes('val', 0).image(0); "
-            "sys.exit(bool({'torchvision', 'torch._dynamo'} & sys.modules.keys()))")
-    assert python("-c", code).returncode == 0
-
-
-# ---- Class names and colours -------------------------------------------------------------------
 
 
 def test_names_and_ids_of_the_benchmarks():
     assert {name: len(set(names)) for name, names in data.CLASSES.items()} == dict(
         voc=20, context=59, ade=150, cityscapes=19, stuff=27, stuff171=171)
-    assert all(name == " ".join(name.split()) for names in data.CLASSES.values() for name in names)
-    assert data.CLASSES["ade"][44] == "chest of drawers" and data.CLASSES["ade"][-1] == "flag"
     assert (data.STUFF_IDS[182:255] == -1).all() and (data.STUFF_IDS[:182] >= 0).all()
-    for raw, name in {0: "person", 1: "vehicle", 8: "vehicle", 9: "outdoor", 90: "indoor",
-                      152: "food stuff", 155: "furniture stuff", 156: "sky", 181: "solid",
-                      114: "floor", 178: "water", 94: "building", 93: "plant"}.items():
-        assert data.CLASSES["stuff"][data.STUFF_IDS[raw]] == name
-    for raw, name in {0: "person", 12: "stop sign", 79: "toaster", 89: "toothbrush", 91: "banner",
-                      105: "clouds", 156: "sky-other", 170: "wall-brick", 181: "wood"}.items():
-        assert data.CLASSES["stuff171"][data.STUFF171_IDS[raw]] == name
+    for raw, coarse, fine in (
+            (0, "person", "person"), (8, "vehicle", "boat"), (9, "outdoor", "traffic light"),
+            (89, "indoor", "toothbrush"), (105, "sky", "clouds"), (156, "sky", "sky-other"),
+            (170, "wall", "wall-brick"), (181, "solid", "wood")):
+        assert data.CLASSES["stuff"][data.STUFF_IDS[raw]] == coarse
+        assert data.CLASSES["stuff171"][data.STUFF171_IDS[raw]] == fine
     assert [int(i) for i in data.CITYSCAPES_IDS if 0 <= i < VOID] == list(range(19))
 
 
-def test_palettes():
-    voc = data.dataset_palette("voc", 20).tolist()
-    assert voc[:4] == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
-    assert voc[6:8] + voc[19:] == [[128, 128, 128], [64, 0, 0], [0, 64, 128]]
-    assert len(set(map(tuple, data.dataset_palette("folder", 150).tolist())) - {(0, 0, 0)}) == 150
-
-
-FILES = [  # a class file, and the classes in it or a part of the complaint
-    ("cat, dog,sofa  bed", ["cat", "dog", "sofa bed"]), ("\ufeffcat\ndog", ["cat", "dog"]),
-    ("person, man,woman\ncat # a pet\n\n", ["person, man, woman", "cat"]), ("# 1\ncat", ["cat"]),
-    ("cat;dog", ["cat", "dog"]), ("3d printer\n2-door car", ["3d printer", "2-door car"]),
-    ("train: ../train\nnc: 2\nnames: ['cat', \"men's hat\"]\n", ["cat", "men's hat"]),
-    ("names: [cat,\n  hot dog]\nnc: 2", ["cat", "hot dog"]),
+@pytest.mark.parametrize("content, classes", [  # of a class file; or what is odd about it
+    ("cat, dog,sofa  bed", ["cat", "dog", "sofa bed"]), ("\ufeffcat\n3d dog", ["cat", "3d dog"]),
+    ("person, man,woman\ncat # a pet\n\n", ["person, man, woman", "cat"]), ("", "0 classes"),
+    ("nc: 2\nnames: [cat,\n  'hot dog', \"men's hat\"]\n", ["cat", "hot dog", "men's hat"]),
     ("path: x\nnames:\n  0: cat\n  1: hot dog\nnc: 2", ["cat", "hot dog"]),
-    ("names:\n- cat\n- 'hot dog'\nnc: 2", ["cat", "hot dog"]),
+    ("names:\n- cat\n- 'hot dog'\nnc: 2", ["cat", "hot dog"]), ("1 cat\n2 dog", '"1 cat"'),
     ('["cat", "dog"]', ["cat", "dog"]), ("Pixel Value, Class\n0, background\n1, cat", '"0"'),
-    ("Idx\tName\n1\twall", '"Idx.Name"'), ("sky,1,2,3\nroad,4,5,6", '"1"'), ("", "0 classes"),
-    ("64 128 64 cat\n192 0 128 dog", '"64 128 64 cat"'), ("0: cat\n1: dog", '"0: cat"'),
-    ("__ignore__\n_background_\ncat", '"__ignore__"'), ("1 cat\n2 dog", '"1 cat"'),
-    ('{"0": "cat"}', '"{"0":'), ("names:\n  1: cat\n  5: dog", '"1: cat"'), ("<a>\n<b>", '"<a>"'),
+    ("Idx\tName\n1\twall", '"Idx.Name"'), ("64 128 64 cat\n192 0 128 dog", '"64 128 64 cat"'),
+    ("names:\n  1: cat\n  5: dog", '"1: cat"'), ("__ignore__\ncat", '"__ignore__"'),
     ("person, man\nMan", '"man" is repeated'), ("cat\nperson, , man", '""'),
-    ("cat,\ndog\x1b[2J", "is no name"), (",".join(map(str, range(256))), "256 classes")]
-
-
-@pytest.mark.parametrize("content, classes", FILES)
+    ("cat,\ndog\x1b[2J", "is no name"), (",".join(map(str, range(256))), "256 classes")])
 def test_class_files(tmp_path, content, classes):
     (tmp_path / "names.txt").write_text(content, "utf-8")
     if isinstance(classes, str):
-        refuses(classes.replace("{", r"\{"), data.parse_classes, str(tmp_path / "names.txt"))
+        refuses(classes, data.parse_classes, str(tmp_path / "names.txt"))
+        refuses("no file", data.parse_classes, str(tmp_path / "others.txt"))
     else:
         assert data.parse_classes(str(tmp_path / "names.txt")) == classes
 
 
-def test_class_names_on_the_command_line():
-    for text in ("classes.csv", "~/names", "lists/pets", "a, b.txt", "x.yaml"):
-        refuses(f"no file {text}", data.parse_classes, text)
-    assert data.parse_classes("cat;dog,  potted   plant") == ["cat", "dog", "potted plant"]
-    assert data.parse_classes("st. bernard") == ["st. bernard"]
-    assert data.called("person, man") == "person" and data.name_counts(["a, b", "c"]) == [2, 1]
-
-
-# ---- One file ----------------------------------------------------------------------------------
-
 TURNED = {1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.swapaxes(0, 1),
           6: RGB[::-1].swapaxes(0, 1), 7: RGB[::-1, ::-1].swapaxes(0, 1),
           8: RGB[:, ::-1].swapaxes(0, 1)}  # by EXIF orientation
-
-
-def exif(orientation):
-    content = Image.Exif()
+EXIF = {orientation: Image.Exif() for orientation in TURNED}
+for orientation, content in EXIF.items():
     content[0x0112] = orientation
-    return content
 
 
 def stored(path, pixels, mode=None, **options):
@@ -179,9 +121,9 @@ def stored(path, pixels, mode=None, **options):
 def test_pictures_of_any_mode(tmp_path, recwarn):
     png, three = tmp_path / "x.png", lambda grey: np.stack([grey] * 3, -1)
     grey = np.array(Image.fromarray(RGB).convert("L"))
-    for name, options in {"x.png": {}, "x.bmp": {}, "x.tif": dict(compression="tiff_lzw")}.items():
-        assert (stored(tmp_path / name, RGB, **options) == RGB).all()
-        assert (stored(tmp_path / name, RGB, "L", **options) == three(grey)).all()
+    for name in ("x.png", "x.bmp", "x.tif"):
+        assert (stored(tmp_path / name, RGB) == RGB).all()
+        assert (stored(tmp_path / name, RGB, "L") == three(grey)).all()
     for name in ("x.png", "x.tif"):
         assert (stored(tmp_path / name, GREY16) == three(GREY16 >> 8)).all()
     alpha = np.where(LABEL == 0, 0, 255).astype(np.uint8)
@@ -189,20 +131,16 @@ def test_pictures_of_any_mode(tmp_path, recwarn):
     assert (stored(png, np.dstack([RGB, alpha])) == on_white).all()
     palette = Image.fromarray(RGB).quantize(4)
     shown, clear = np.array(palette.convert("RGB")), np.array(palette) == 1
-    assert (stored(png, palette) == shown).all()
     assert (stored(png, palette, transparency=1) == np.where(clear[..., None], 255, shown)).all()
-    cmyk = stored(tmp_path / "x.jpg", Image.new("CMYK", (W, H), (255, 0, 0, 0)), quality=100)
-    assert abs(cmyk - [0, 255, 255]).max() < 4
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", "x" * (5 << 20), zip=True)
-    text.add_itxt("XML", "x" * (5 << 20), zip=True)
     assert (stored(png, RGB, pnginfo=text) == RGB).all() and not recwarn.list
 
 
 @pytest.mark.parametrize("orientation", TURNED)
 def test_photographs_are_turned(tmp_path, orientation):
     for path in (tmp_path / "x.tif", tmp_path / "x.png"):
-        assert (stored(path, RGB, exif=exif(orientation)) == TURNED[orientation]).all()
+        assert (stored(path, RGB, exif=EXIF[orientation]) == TURNED[orientation]).all()
     assert (data.read_image(path, turn=False).permute(1, 2, 0).numpy() == RGB).all()
 
 
@@ -210,23 +148,20 @@ def test_what_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "x.tif"
     for mode, value in (("F", 0.5), ("I", -1), ("I", 1 << 20)):
         Image.new(mode, (W, H), value).save(path)
-        assert "32 bits" not in refuses("x.tif: .*convert it", data.read_image, path)
+        refuses("x.tif: .*convert it", data.read_image, path)
     picture(tmp_path / "x.jpg")
-    for content in (b"", b"\xff\xd8\xff", (tmp_path / "x.jpg").read_bytes()[:-300]):
-        path.write_bytes(content)
-        refuses("^cannot read image .*x.tif: ", data.read_image, path)
+    path.write_bytes((tmp_path / "x.jpg").read_bytes()[:-300])
     os.mkfifo(tmp_path / "pipe.jpg")
-    for name, reason in {"gone.jpg": "No such file", "pipe.jpg": "no file", ".": "no file"}.items():
-        refuses(f"{name}: .*{reason}", data.read_image, tmp_path / name)
+    for name, reason in {"x.tif": "", "gone.jpg": "No such file", "pipe.jpg": "no file"}.items():
+        refuses(f"^cannot read image .*{name}: .*{reason}", data.read_image, tmp_path / name)
     refuses("label .*x.jpg: .*RGB", data.read_label, tmp_path / "x.jpg", tmp_path / "x.jpg")
 
 
 def test_what_is_read_of_a_folder(tmp_path, capsys, monkeypatch):
     photos = tmp_path / "photos"
-    for name in ("a.jpg", "b.JFIF", "c.jpe", "album/e.png", ".hidden.jpg", ".git/f.jpg",
-                 "@eaDir/a.jpg", "album/$RECYCLE.BIN/x.jpg", "#recycle/b.jpg"):
+    for name in ("a.jpg", "b.JFIF", "album/e.png", ".hidden.jpg", "@eaDir/a.jpg"):
         save(photos / name, RGB)
-    for name in ("1.heic", "2.HEIC", "a\x1b[2J.b\x1b", "notes.txt", "photo"):
+    for name in ("1.heic", "2.HEIC", "a\x1b[2J.b\x1b"):
         (photos / name).write_text("x")
     save(tmp_path / "elsewhere/g.jpg", RGB)
     for link, target in {"linked": "../elsewhere", "album/loop": "..", "an-album": "album",
@@ -237,95 +172,66 @@ def test_what_is_read_of_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: (
         raising(error) if Path(path).name == "closed" else scandir)(path))
     data.save_picture(Image.fromarray(RGB), photos / "sheet.png")
-    assert folder(photos).ids == ["a.jpg", "album/e.png", "b.JFIF", "c.jpe", "linked/g.jpg"]
-    folder(photos)
+    for _ in range(2):
+        assert folder(photos).ids == ["a.jpg", "album/e.png", "b.JFIF", "linked/g.jpg"]
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and str(photos) in said
-    for part in ("@eaDir", "$RECYCLE.BIN", "#recycle", "2 .heic", "1 .b\\x1b", "lost.jpg",
-                 "closed (Permission denied)", "1 made by this program"):
+    for part in ("@eaDir", "2 .heic", "1 .b\\x1b", "lost.jpg", "closed (Permission denied)",
+                 "1 made by this program"):
         assert part in said
 
 
-# ---- The data sets -----------------------------------------------------------------------------
-
-
-def test_real_photographs_and_their_labels():
-    for name, split in (("voc", "train"), ("voc", "val"), ("cityscapes", "val")):
-        real = data.open_dataset(name, REAL / ("cityscapes" if name == "cityscapes" else ""), split)
-        assert real.has_labels and len(real)
-        for i in range(len(real)):
-            image = np.array(Image.open(real.image_path(i)))
-            raw = np.array(Image.open(real.labels[0][real.ids[i]][0])).astype(int)
-            expected = (np.where((raw == 0) | (raw == 255), 255, raw - 1) if name == "voc" else raw)
-            assert (real.image(i).permute(1, 2, 0).numpy() == image).all()
-            assert (real.label(i).numpy() == expected).all() and real.image(i).shape[1:] == raw.shape
-    ids = np.array(Image.open(real.labels[0][real.ids[0]][0].replace("TrainIds", "Ids")))
-    assert (data.CITYSCAPES_IDS[ids.astype(int)].numpy() == expected).mean() > 0.99
-
-
-def voc_tree(root, lists, kind="", year="VOC2012", label=rows(0, 1, 20, 255)):
+def voc_tree(root, lists, label=rows(0, 1, 20, 255)):
     """A tree with the images a and b; lists: {split: content of its list}."""
-    tree = root / "VOCdevkit" / year
-    (tree / f"ImageSets/Segmentation{kind}").mkdir(parents=True)
+    tree = root / "VOCdevkit/VOC2012"
+    (tree / "ImageSets/Segmentation").mkdir(parents=True)
     for split, content in lists.items():
-        (tree / f"ImageSets/Segmentation{kind}/{split}.txt").write_bytes(content.encode())
+        (tree / f"ImageSets/Segmentation/{split}.txt").write_bytes(content.encode())
     for i in "ab":
         save(tree / f"JPEGImages/{i}.jpg", RGB)
-        save(tree / f"SegmentationClass{kind}/{i}.png", label, "P")
+        save(tree / f"SegmentationClass/{i}.png", label, "P")
     return tree
 
 
-def test_voc_and_context(tmp_path):
+def test_voc(tmp_path):
     paths = "".join(f"/JPEGImages/{i}.jpg /SegmentationClassAug/{i}.png\n" for i in "ba")
-    tree = voc_tree(tmp_path, dict(train="a\n", val="\ufeffa\r\nb\r\n\r\n", trainaug=paths))
+    tree = voc_tree(tmp_path, dict(val="\ufeffa\r\nb\r\n\r\n", trainaug=paths))
     for root in (tmp_path, tmp_path / "VOCdevkit", tree):
         voc = data.open_dataset("voc", root, "val")
         assert voc.ids == ["a", "b"] and voc.has_labels
         assert first_column(voc.label(1)) == [VOID, 0, 19, VOID, VOID, VOID]
     assert (voc.objects(0) == data.connected_regions(voc.label(0))).all()
     save(tree / "SegmentationObject/a.png", rows(0, 1, 2, 255))
-    assert first_column(data.open_dataset("voc", tmp_path).objects(0)) == [0, 1, 2, 0, 0, 0]
+    assert first_column(data.open_dataset("voc", root, "val").objects(0)) == [0, 1, 2, 0, 0, 0]
     save(tree / "SegmentationClassAug/b.png", rows(2))
     (tree / "SegmentationClass/b.png").unlink()
     aug = data.open_dataset("voc", tmp_path, "trainaug")
     assert aug.ids == ["b", "a"] and aug.has_labels and first_column(aug.label(0)) == [1] * H
     (tree / "JPEGImages/a.jpg").unlink()
     refuses("1 of the 2 images .*missing.*a.jpg", data.open_dataset, "voc", tmp_path, "val")
-    voc_tree(tmp_path, dict(val="a"), "Context", "VOC2010", rows(0, 1, 59))
-    context = data.open_dataset("context", tmp_path, "val")
-    assert first_column(context.label(0)) == [VOID, 0, 58, 58, 58, 58]
-    refuses("train.txt", data.open_dataset, "context", tmp_path, error=OSError)
-    refuses('no split "trainaug"', data.open_dataset, "context", tmp_path, "trainaug")
+    refuses("train.txt", data.open_dataset, "voc", tmp_path, error=OSError)
 
 
-@pytest.mark.parametrize("name, image, labels, expected", [
-    ("ade", "images/validation/7.jpg", {"annotations/validation/7.png": (0, 1, 150)},
-     [VOID, 0, 149]),
-    ("cityscapes", "leftImg8bit/val/a/7_leftImg8bit.png",
-     {"gtFine/val/a/7_gtFine_labelIds.png": (0, 7, 33)}, [VOID, 0, 18]),
-    ("cityscapes", "leftImg8bit/val/a/7_leftImg8bit.png", {
-        "gtFine/val/a/7_gtFine_labelIds.png": (7, 7, 7),
-        "gtFine/val/a/7_gtFine_labelTrainIds.png": (255, 0, 18)}, [VOID, 0, 18]),
-    ("cityscapes", "leftImg8bit/val/a/7_leftImg8bit.png",
-     {"gtFine/val/a/7_labelTrainIds.png": (255, 0, 18)}, [VOID, 0, 18]),
-    ("stuff", "images/val2017/7.jpg", {
-        "annotations/val2017/7.png": (0, 0, 0),
-        "annotations/val2017/7_27labelTrainIds.png": (255, 0, 26)}, [VOID, 0, 26]),
-    ("stuff", "images/val2017/7.jpg", {"stuffthingmaps/val2017/7.png": (255, 0, 71)}, [VOID, 9, 0]),
-    ("stuff", "val2017/7.jpg", {"annotations/val2017/7.PNG": (255, 0, 181)}, [VOID, 9, 24]),
-    ("stuff171", "val2017/7.jpg", {"stuffthingmaps/val2017/7.png": (255, 0, 181)},
-     [VOID, 0, 170]),
-    ("stuff171", "val2017/7.jpg", {"annotations/val2017/7_labelTrainIds.png": (255, 0, 170)},
+CITY = "leftImg8bit/val/a/7_leftImg8bit.png"
+
+
+@pytest.mark.parametrize("name, image, label, stored, expected", [
+    ("ade", "images/validation/7.jpg", "annotations/validation/7.png", (0, 1, 150), [VOID, 0, 149]),
+    ("cityscapes", CITY, "gtFine/val/a/7_gtFine_labelIds.png", (0, 7, 33), [VOID, 0, 18]),
+    ("cityscapes", CITY, "gtFine/val/a/7_labelTrainIds.png", (255, 0, 18), [VOID, 0, 18]),
+    ("stuff", "images/val2017/7.jpg", "annotations/val2017/7_27labelTrainIds.png", (255, 0, 26),
+     [VOID, 0, 26]),
+    ("stuff", "val2017/7.jpg", "annotations/val2017/7.PNG", (255, 0, 181), [VOID, 9, 24]),
+    ("stuff171", "val2017/7.jpg", "stuffthingmaps/val2017/7.png", (255, 0, 181), [VOID, 0, 170]),
+    ("stuff171", "val2017/7.jpg", "annotations/val2017/7_labelTrainIds.png", (255, 0, 170),
      [VOID, 0, 170])])
-def test_other_trees(tmp_path, name, image, labels, expected):
+def test_other_trees(tmp_path, name, image, label, stored, expected):
     save(tmp_path / image, RGB)
     assert not data.open_dataset(name, tmp_path, "val").has_labels
-    for file, values in labels.items():
-        save(tmp_path / file, rows(*values))
+    save(tmp_path / label, rows(*stored))
     one = data.open_dataset(name, tmp_path, "val")
     assert len(one) == 1 and one.has_labels and first_column(one.label(0))[:3] == expected
-    other = tmp_path / image.replace("/7", "/8")
-    shutil.copy(tmp_path / image, other)
+    shutil.copy(tmp_path / image, tmp_path / image.replace("/7", "/8"))
     refuses("1 of 2 labels .*8", lambda: data.open_dataset(name, tmp_path, "val").has_labels)
     (tmp_path / image).unlink()  # what is there fits none: a file that lies there is named
     refuses("1 of 1 .*8.*7", lambda: data.open_dataset(name, tmp_path, "val").has_labels)
@@ -335,91 +241,42 @@ def test_other_trees(tmp_path, name, image, labels, expected):
     "0.png", "0.PNG", "0.bmp", "0_mask.png", "0_Label.tif", "0_labels.png", "0_seg.gif",
     "0_gtFine_labelTrainIds.png", "0.jpg.png"])
 def test_labels_of_usual_names(tmp_path, label):
-    names = "0.jpg", unicodedata.normalize("NFD", "ü/é") + ".png"
-    for name, size in zip(names, ((W, H), (W, 2))):
-        picture(tmp_path / "photos" / name, size)
-    for own, pixels in (("", LABEL), ("ü/", LABEL[:2])):
-        path = own + (label.replace("0", "é").replace("jpg", "png") if own else label)
-        save(tmp_path / "labels" / path, pixels)
+    for name in ("0.jpg", unicodedata.normalize("NFD", "ü/é.png")):
+        save(tmp_path / "photos" / name, RGB)
+    save(tmp_path / "labels" / label, LABEL)
+    save(tmp_path / "labels/ü" / label.replace("0", "é").replace("jpg", "png"), LABEL[::-1])
     one = folder(tmp_path / "photos", "cat dog sofa", labels=tmp_path / "labels")
-    assert one.has_labels and len(one) == 2
-    assert (one.label(0).numpy() == LABEL).all() and (one.label(1).numpy() == LABEL[:2]).all()
+    assert (one.label(0).numpy() == LABEL).all() and (one.label(1).numpy() == LABEL[::-1]).all()
 
 
 def test_labels_that_do_not_fit(tmp_path):
     photos, labels = tmp_path / "photos", tmp_path / "labels"
-    for name in ("a.jpg", "b.png"):
-        save(photos / name, RGB)
+    [save(photos / name, RGB) for name in ("a.jpg", "b.png")]
     opened = lambda *classes, **options: folder(photos, *classes, labels=labels, **options)
     refuses("no labels in .*labels", opened)
     save(labels / "other.jpg", RGB)
     refuses("2 of .*labels.a.png.*other.jpg", opened)
-    (labels / "other.jpg").unlink()
-    refuses("no labels in .*labels", opened)
     save(labels / "a_mask.png", LABEL, "P")
-    refuses("1 of .*b.png.*no others", opened)
+    refuses("1 of .*b.png.*other.jpg", opened)
     save(labels / "b.png", LABEL)
-    three = opened("cat dog sofa")
-    assert three.ids == ["a.jpg", "b.png"] and (three.label(0).numpy() == LABEL).all()
+    assert (opened("cat dog sofa").label(0).numpy() == LABEL).all()
     refuses("a_mask.png holds the id 2.*--labels-offset", opened().label, 0)
     two = opened(offset=1)
     assert (two.label(1).numpy() == np.where(LABEL == 0, 255, LABEL - 1.0)).all()
     save(labels / "b.png", LABEL[1:])
     refuses("b.png: 8×5 pixels, its image 8×6", two.label, 1)
-    refuses("--labels", data.open_dataset, "voc", photos, labels=labels)
-    for kind in ("", "_mask"):  # labels among photographs of the same ending
-        save(tmp_path / f"both/x{kind}.png", RGB if not kind else LABEL)
-    assert folder(tmp_path / "both", labels=tmp_path / "both").ids == ["x.png"]
+    save(photos / "b_mask.png", LABEL)  # labels among photographs of the same ending
+    save(photos / "a.png", LABEL)
+    assert folder(photos, labels=photos).ids == ["a.jpg", "b.png"]
 
 
 @pytest.mark.parametrize("drawn, orientation", [("stored", 6), ("turned", 6), ("turned", 3)])
 def test_labels_turn_with_their_photographs(tmp_path, drawn, orientation):
-    (tmp_path / "photos").mkdir()
-    Image.fromarray(RGB).save(tmp_path / "photos/a.png", exif=exif(orientation))
+    picture(tmp_path / "photos/a.png", (W, H), exif=EXIF[orientation])
     turned = LABEL[::-1].swapaxes(0, 1) if orientation == 6 else LABEL[::-1, ::-1]
     save(tmp_path / "labels/a.png", LABEL if drawn == "stored" else turned)
     one = folder(tmp_path / "photos", "cat dog sofa", labels=tmp_path / "labels")
     assert (one.label(0).numpy() == turned).all()
-    assert one.image(0).shape[1:] == one.label(0).shape
-    assert data.TrainingViews(one, (20, 20), 20, (1.0, 1.0)).batch([(0, 0)])["size"].tolist() == [
-        [20, 15] if orientation == 6 else [15, 20]]
-
-
-def test_data_sets_that_are_not_there():
-    for name, options, said in (
-            ("cifar", {}, 'no data set "cifar"'), ("voc", {}, "--data-root"),
-            ("voc", dict(root="nowhere"), "nowhere"), ("folder", dict(root="."), "--classes"),
-            ("folder", dict(root="nowhere", classes=["cat"]), "nowhere"),
-            ("voc", dict(classes=["cat"]), "--classes"), ("shapes", dict(split="test"), "split")):
-        refuses(said, data.open_dataset, name, **options)
-
-
-def test_fingerprints_tell_images_apart(tmp_path):
-    for name, size in (("a", 4), ("b", 4), ("c", 9)):
-        save(tmp_path / name / "x.bmp", np.zeros((size, size, 3)))
-    a, b, c = (folder(tmp_path / name).fingerprint for name in "abc")
-    save(tmp_path / "a/y.bmp", RGB)
-    assert a == b != c and folder(tmp_path / "a").fingerprint not in (b, c)
-    shapes = [data.Shapes(split, seed).fingerprint for split in ("train", "val") for seed in "01"]
-    value = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert len(set(shapes)) == 4 and data.fingerprint("abc") == data.fingerprint(b"a", "bc")
-    assert data.fingerprint(value.T) == data.fingerprint(value.T.contiguous().numpy().tobytes())
-
-
-# ---- Views -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("height, width, scale, ratio, expected", [
-    (375, 500, (2048, 336), 1.0, (336, 448)),     # release, VOC
-    (375, 500, (520, 520), 1.0, (390, 520)),      # paper, Context: the long side is bounded
-    (1024, 2048, (2048, 448), 1.0, (448, 896)),   # release, Cityscapes
-    (100, 1000, (2048, 512), 1.0, (205, 2048)),   # a panorama: 1000·2.048 long, 204.8 short
-    (1000, 100, (512, 2048), 1.0, (2048, 205)),   # the order within the scale is immaterial
-    (375, 500, (2048, 336), 0.5, (168, 224)), (375, 500, (2048, 336), 2.0, (672, 896)),
-    (1, 900, (20, 10), 1.0, (1, 20))])            # never zero pixels
-def test_resize_to_scale(height, width, scale, ratio, expected):
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
-    assert tuple(data.resize_to_scale(image, scale, ratio).shape[1:]) == expected
 
 
 def real_views(**options):
@@ -430,10 +287,9 @@ def real_views(**options):
 def test_views_are_what_the_recipe_says():
     """Drawn from the global generator, resized by torchvision, cut and padded by numpy."""
     from torchvision.transforms.v2 import functional as TF
-
     views = real_views()
     keys = [(epoch, i) for epoch in range(6) for i in range(len(views.data))]
-    batch, flips = views.batch(keys), 0
+    batch = views.batch(keys)
     for n, (epoch, i) in enumerate(keys):
         torch.manual_seed(data.draw_seed(3, epoch, views.data.ids[i], "view"))
         image = data.read_image(views.data.image_path(i))
@@ -445,16 +301,13 @@ def test_views_are_what_the_recipe_says():
         top, left = (int(torch.randint(max(side - 64, 0) + 1, ())) for side in size)
         cut = image[:, top:top + 64, left:left + 64]
         cut = cut[:, :, ::-1] if torch.rand(()) < 0.5 else cut
-        flips += cut.strides[-1] < 0
         h, w = batch["size"][n].tolist()
         assert (h, w) == cut.shape[1:] and (batch["view"][n, :, :h, :w].numpy() == cut).all()
         assert not batch["view"][n, :, h:].any() and not batch["view"][n, :, :, w:].any()
         assert batch["colours"][n].tolist() == torch.tensor(data.draw_colours()).tolist()
-    assert batch["index"].tolist() == [i for _, i in keys] and 0 < flips < len(keys)
-    assert len({size[0] for size in batch["size"].tolist()}) > 3
+    assert batch["index"].tolist() == [i for _, i in keys]
     assert same(views.batch(keys[3:5]), {name: value[3:5] for name, value in batch.items()})
     assert "colours" not in real_views(distort=False).batch([(0, 0)])
-    assert not same(real_views(seed=4).batch(keys), batch)
 
 
 def test_normalise_makes_padding_zero():
@@ -474,43 +327,36 @@ def test_colours():
     assert not (changed[:, 1] & changed[:, 4]).any()
     shares = torch.tensor([0.5, 0.25, 0.5, 0.5, 0.25])
     assert ((changed.float().mean(0) - shares).abs() < 0.08).all()
-    low, high = drawn.amin(0), drawn.amax(0)
-    for values, limits in ((low, [-32, 0.5, 0.5, -0.1, 0.5]), (high, [32, 1.5, 1.5, 0.1, 1.5])):
-        assert ((values - torch.tensor(limits)).abs() < (high - low) * 0.05).all()
-    orange = torch.tensor([200, 100, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(4, -1, -1, -1)
-    colours = torch.tensor([[0, 1.5, 0.5, 0, 1], [0, 1, 0.5, 0, 1.5], [-20, 1, 0.5, 0.5, 1],
-                            [0, 1, 1, 0, 1]])
+    for values, limits in ((drawn.amin(0), [-32, 0.5, 0.5, -0.1, 0.5]),
+                           (drawn.amax(0), [32, 1.5, 1.5, 0.1, 1.5])):
+        span = torch.tensor([64, 1, 1, 0.2, 1])
+        assert ((values - torch.tensor(limits)).abs() < 0.05 * span).all()
+    orange = torch.tensor([200, 100, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(3, -1, -1, -1)
+    colours = torch.tensor([[0, 1.5, 0.5, 0, 1], [0, 1, 0.5, 0, 1.5], [-20, 1, 0.5, 0.5, 1]])
     results = data.photometric_distortion(orange, colours).flatten(1)
-    expected = [[209, 157, 82], [238, 163, 88], [50, 100, 140], [200, 100, 0]]  # by hand
+    expected = [[209, 157, 82], [238, 163, 88], [50, 100, 140]]  # by hand
     assert (results - torch.tensor(expected)).abs().max() <= 2
-
-
-# ---- Answers kept on disk, and reading ahead ----------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_reading_ahead(workers):
-    read, threads, running = [], set(), threading.active_count()
+    read, running = [], threading.active_count()
 
     def item(k):
         if k == 12:
             raise UserError("cannot read image x.jpg")
         read.append(k)
-        threads.add((threading.get_ident(), torch.get_num_threads() if workers else 1))
+        assert not workers or torch.get_num_threads() == 1
         return [k]
 
-    before = torch.get_num_threads()
     items = data.read_ahead(item, itertools.count(), workers)
     assert [next(items) for _ in range(12)] == [[k] for k in range(12)]
     assert len(read) <= 12 + 2 * workers
     refuses("x.jpg", next, items)
-    assert all(n == 1 for _, n in threads) and len(threads) <= max(workers, 1)
-    assert torch.get_num_threads() == before and threading.active_count() == running
     items = data.read_ahead(item, range(9), workers)
     next(items)
     items.close()
     assert threading.active_count() == running
-    assert list(data.read_ahead(item, range(9), workers)) == [[k] for k in range(9)]
 
 
 BLOCKS = [[0, 1, 2], [3], [4, 5, 6, 7], [8, 9]]
@@ -529,62 +375,33 @@ def ask_ten(path, facts=0, block_by=lambda block: block, workers=2):
     return data.ask_once(path, "squares", dict(facts=facts), fields, BLOCKS, list, ask, workers)
 
 
-def check_ten(records):
-    rows = records.rows([9, 0, 4, 9])
-    assert rows["x"].tolist() == [[81, 81], [0, 0], [16, 16], [81, 81]]
-    assert rows["y"].tolist() == [True, False, False, True]
-
-
-def test_a_network_is_asked_once(tmp_path, monkeypatch, capsys):
+def test_a_network_is_asked_once(tmp_path, monkeypatch):
     def interrupt(block):
         if 4 in block:
             raise KeyboardInterrupt
         return block
 
-    refuses(None, ask_ten, tmp_path / "cache", block_by=interrupt, error=KeyboardInterrupt)
-    assert "squares: 0.00 GB" in capsys.readouterr().out
-    check_ten(ask_ten(tmp_path / "cache"))
+    refuses(None, ask_ten, tmp_path, block_by=interrupt, error=KeyboardInterrupt)
+    records = ask_ten(tmp_path)
+    rows = records.rows([9, 0, 4])
+    assert rows["x"].tolist() == [[81, 81], [0, 0], [16, 16]] and rows["y"].tolist() == [1, 0, 0]
     assert asked == BLOCKS[2:]
-    file, = (tmp_path / "cache").iterdir()
-    assert np.load(file)["x"][:, 0].tolist() == [k * k for k in range(10)]
+    file, = tmp_path.iterdir()
     content = file.read_bytes()
-    ask_ten(tmp_path / "cache", facts=1)
-    assert len(list((tmp_path / "cache").iterdir())) == 2 and asked == BLOCKS
+    assert np.load(file)["x"][:, 0].tolist() == [k * k for k in range(10)]
+    ask_ten(tmp_path, facts=1)
+    assert len(list(tmp_path.iterdir())) == 2 and asked == BLOCKS
     for cut, left in ((-1, BLOCKS[3:]), (-30, BLOCKS[2:])):  # cut short
         file.write_bytes(content[:cut])
-        check_ten(ask_ten(tmp_path / "cache"))
+        ask_ten(tmp_path)
         assert asked == left and file.read_bytes() == content
     opened = builtins.open
     monkeypatch.setattr(builtins, "open", lambda path, mode="r", *args, **options: (
         raising(PermissionError(13, "Permission denied")) if set(mode) & set("wa+x") else opened
     )(path, mode, *args, **options))
-    check_ten(ask_ten(tmp_path / "cache"))  # a colleague's, to read only
+    ask_ten(tmp_path)  # a colleague's, to read only
     assert not asked and opened(file, "rb").read() == content
-    refuses("Permission denied", ask_ten, tmp_path / "cache", facts=2, error=PermissionError)
-
-
-def test_processes_share_what_is_asked(tmp_path, monkeypatch):
-    local, barrier, shared, done = threading.local(), threading.Barrier(2), [0, 0], [None] * 2
-
-    def gather(value):
-        shared[local.rank] = value
-        barrier.wait(30)
-        values = list(shared)
-        barrier.wait(30)
-        return values
-
-    def process(rank):
-        local.rank = rank
-        done[rank] = ask_ten(tmp_path, block_by=lambda block: (rank, block), workers=0)
-
-    for name, value in dict(rank=lambda: local.rank, world=lambda: 2, gather=gather).items():
-        monkeypatch.setattr(data, name, value)
-    pair = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
-    [thread.start() for thread in pair]
-    [thread.join(60) for thread in pair]
-    assert sorted(asked) == [(0, BLOCKS[0]), (0, BLOCKS[2]), (1, BLOCKS[1]), (1, BLOCKS[3])]
-    check_ten(done[0])
-    check_ten(done[1])
+    refuses("Permission denied", ask_ten, tmp_path, facts=2, error=PermissionError)
 
 
 def test_cached_views_are_those_of_the_first_epochs(tmp_path):
@@ -594,26 +411,6 @@ def test_cached_views_are_those_of_the_first_epochs(tmp_path):
     keys = [(4, 1), (2, 0), (0, 1)]
     expected = views.batch([(1, 1), (2, 0), (0, 1)])["view"].float().mean((2, 3))
     assert same(cached.batch(keys), dict(index=torch.tensor([1, 0, 1]), mean=expected))
-    data.cached_views(real_views(seed=4), 3, tmp_path, "views", {}, dict(mean=("float32", (3,))),
-                      lambda batch: dict(mean=batch["view"].float().mean((2, 3))), 0)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-# ---- Drawing, and the command ------------------------------------------------------------------
-
-
-def test_no_two_names_look_the_same():
-    names = ("Kase Käse Köse Kåse Káse 猫 犬 кот ß é É ё 각 ø o 🐈 naïve naive").split()
-    drawn = lambda name: data.legend([(name, torch.tensor([1, 2, 3]))], 400).tobytes()
-    assert len(set(map(drawn, names))) == len(names)
-    assert drawn("Käse") == drawn("Ka\u0308se")  # however the same name is written
-
-
-def test_overlays_show_classes():
-    image, label = torch.from_numpy(RGB).movedim(-1, 0), torch.from_numpy(LABEL).long()
-    label[0] = VOID
-    shown = data.overlay(image, label, torch.tensor([(250, 0, 0), (0, 250, 0), (0, 0, 250)]).byte())
-    assert (shown.argmax(0) == label)[1:].all() and torch.equal(shown[:, 0], image[:, 0])
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
@@ -623,16 +420,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "voc train: 2 images, 2 labels, 20 classes" in said and "voc val: 1 images" in said
     assert Image.open(out).mode == "RGB" and Image.open(out).width > 480
-    shutil.rmtree(tmp_path / "voc")
-    shutil.rmtree(tmp_path / "sheets")
-    monkeypatch.chdir(tmp_path)
-    for n in range(15):
-        picture(f"{n}.jpg", (20, 10 + n))
+    monkeypatch.chdir(out.parent)
     picture("leftImg8bit/val/bonn/1_leftImg8bit.png")
     for _ in range(2):  # its own contact sheet is no photograph the second time
         run(data.main, "--dataset", "folder", "--data-root", ".", "--classes", "cat")
-        said = capsys.readouterr().out
-        assert "folder val: 16 images, no labels, 1 classes" in said
+        assert "folder val: 1 images, no labels, 1 classes" in capsys.readouterr().out
     run(data.main, "--dataset", "cityscapes", "--data-root", ".")
     said = capsys.readouterr().out
     assert "no cityscapes" in said and "cityscapes val: 1 images, no labels" in said

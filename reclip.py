@@ -39,10 +39,10 @@ from clip.model import merge_heads
 from clip.weights import read_weights
 from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TEMPLATES, Parser,
                   Progress, TrainingViews, UserError, ask_once, barrier, cached_views,
-                  check_dataset, clean_exit, count, draw_seed, evenly, fingerprint, make_folder,
-                  name_counts, names_of, natural, normalise, open_dataset, parse_classes,
-                  photometric_distortion, positive, rank, read_ahead, replacing, seed_number,
-                  share, user_path, world, write_text)
+                  check_dataset, clean_exit, count, draw_seed, evenly, fingerprint, gather,
+                  make_folder, name_counts, names_of, natural, normalise, open_dataset,
+                  parse_classes, photometric_distortion, positive, rank, read_ahead, replacing,
+                  seed_number, share, user_path, world, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # III-A  Dense features and the Query: what CLIP says of every patch
@@ -688,14 +688,15 @@ class Run:
         """Yields (epoch, what `read` gives) for every step that is left, read ahead by threads.
         read: a function of a list of (epoch, index). The order of an epoch depends on (seed, epoch)
         alone; of several processes each gets its share of every batch, filled up where it cannot be
-        divided. Ctrl-C and SIGTERM end training after the step under way, a second Ctrl-C at once;
-        several processes end at once, since none may stop while others wait for it."""
+        divided. Ctrl-C and SIGTERM end training after the step under way (of several processes:
+        within ten), a second Ctrl-C at once."""
         self.optimizer, self.per_epoch = optimizer, -(-len(self.ids) // batch)
         self.total, self.stopping, self.sums, self.shown = epochs * self.per_epoch, False, {}, ""
         self.step = first = self.previous["step"]
         if first:
             self.learner.load_state_dict(self.previous["state"])
             optimizer.load_state_dict(self.previous["optimizer"])
+        if 0 < first < self.total:
             print(f"going on from step {first}")
         if rank() == 0:  # steps after the checkpoint are repeated, and so are their lines
             lines = self.log.read_text("utf-8").splitlines(True) if self.log.exists() else []
@@ -711,8 +712,7 @@ class Run:
 
         left, handlers = itertools.islice(keys(), first % self.per_epoch, None), {}
         self.progress, self.saved = Progress(self.title, self.total, first), time.monotonic()
-        # Only the main thread can set handlers.
-        if world() == 1 and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # no other can set handlers
             handlers = {number: signal.signal(number, self.stop)
                         for number in (signal.SIGINT, signal.SIGTERM)
                         if signal.getsignal(number) != signal.SIG_IGN}
@@ -738,7 +738,10 @@ class Run:
         for name, value in dict(loss=loss, **parts).items():
             self.sums.setdefault(name, []).append(value.detach())
         finished = self.step == self.total
-        due = finished or self.stopping or time.monotonic() - self.saved > 120
+        # Of several processes none may stop while others wait for it in the next step.
+        stopping = self.stopping if world() == 1 else (
+            self.step % 10 == 0 and any(gather(self.stopping)))
+        due = finished or stopping or time.monotonic() - self.saved > 120
         if due or self.step % 50 == 0:  # a line of the log: means since the last
             row = dict(step=self.step, lr=self.optimizer.param_groups[0]["lr"])
             row |= {name: round(torch.stack(values).mean().item(), 6)
@@ -754,9 +757,11 @@ class Run:
         self.progress.advance(1, lambda: self.shown)
         if due:
             self.save(self.step, self.optimizer, finished)
-        if self.stopping and not finished:
-            print(f"\nstopped after step {self.step} and saved {self.path}; the same command goes "
-                  "on", file=sys.stderr)
+        if stopping and not finished:
+            barrier()  # it is saved: where one process ends, torchrun ends the others
+            if rank() == 0:
+                print(f"\nstopped after step {self.step} and saved {self.path}; the same command "
+                      "goes on", file=sys.stderr)
             raise SystemExit(130)
 
     def save(self, step, optimizer=None, finished=False):

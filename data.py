@@ -34,9 +34,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from clip.clip import CLIP_MEAN, CLIP_STD, TEMPLATES  # noqa: F401
 from clip.shapes import SHAPES, TARGET, draw_seed, draw_shapes
 
-# ------------------------------------------------------------------------------------------------
-# 1. Mistakes, progress, processes
-
+# ---- 1. Mistakes, progress, processes ------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake of the user's: the message says what is wrong, where, and what was expected."""
@@ -335,8 +333,7 @@ def dataset_palette(name, num_classes):
                         for channel in range(3)], 1).to(torch.uint8)
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Files, and the data sets
+# ---- 3. Files, and the data sets -----------------------------------------------------------------
 
 VOID = 255  # in every label map: no class here; never counted
 PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -688,8 +685,7 @@ class Shapes(SegmentationData):
         return self.drawn[1][index]
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Views: what the networks see of an image
+# ---- 4. Views: what the networks see of an image -------------------------------------------------
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -791,9 +787,7 @@ class TrainingViews:
         return batch | dict(colours=torch.tensor(colours)) if self.distort else batch
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Answers kept on disk, and reading ahead
-
+# ---- 5. Answers kept on disk, and reading ahead --------------------------------------------------
 
 def read_ahead(read, keys, workers):
     """Yield read(key) for each key, in order, read in advance by `workers` threads; 0: by none. An
@@ -886,9 +880,7 @@ def cached_views(views, K, folder, name, facts, fields, ask, workers):
     return argparse.Namespace(batch=batch)
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Drawing, and the command: what is in a data set?
-
+# ---- 6. Drawing, and the command: what is in a data set? -----------------------------------------
 
 def overlay(image, label, colours):
     """The classes of a label, int64 H×W, in their colours on a pale image; uint8 3×H×W.

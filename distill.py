@@ -14,7 +14,6 @@ teacher's features are Z (one cell a patch), the student's Ẑ (one for 8×8 pix
 import argparse
 import copy
 import http.client
-import json
 from collections import OrderedDict
 from pathlib import Path
 
@@ -29,11 +28,11 @@ from data import (IMAGENET_MEAN, IMAGENET_STD, VOID, Parser, TrainingViews, User
                   cached_views, clean_exit, count, draw_seed, fingerprint, make_folder, name_counts,
                   natural, normalise, open_dataset, padding, positive, seed_number, share,
                   user_path, world)
-from reclip import (PAPER, ROWS, Decoder, PositionLogits, Run, best_name, checkpoint_in, classify,
+from reclip import (PAPER, ROWS, Decoder, PositionLogits, Run, best_name, classify,
                     contrastive_loss, gumbel_masks, gumbel_noise, head_denoising, interpolation,
                     label_map, load_checkpoint, make_hypotheses, masked_pooling, network_facts,
-                    one_first, open_rectified, parallel, passed_on, pick_device, plain,
-                    prompt_denoising, resized_positions, to_device, use_amp, views_on)
+                    open_rectified, parallel, passed_on, pick_device, plain, prompt_denoising,
+                    resized_positions, to_device, use_amp, views_on)
 
 # ------------------------------------------------------------------------------------------------
 # III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
@@ -136,9 +135,7 @@ def load_backbone(backbone, state, source):
                         f"(resnet50, resnet101) has to agree with the file: {reason}") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# III-E  The head: inherited from the teacher, and frozen (Table IX; ReCLIP's Table 6)
-
+# ---- III-E  The head: inherited from the teacher, and frozen (Table IX; ReCLIP's Table 6) --------
 
 def resample(x, patch, size, grid):
     """What covers whole patches, …×h'×w', cut to the image and on another grid: …×h×w (bilinear).
@@ -281,9 +278,7 @@ def load_student(path, device="cpu"):
     return student.to(device).eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------
-# III-E  The three losses
-
+# ---- III-E  The three losses ---------------------------------------------------------------------
 
 def upsample(x, size):
     """F.interpolate(x, size, mode="bilinear"), …×h×w → …×H×W, by two matrix products: faster, and
@@ -361,9 +356,7 @@ def text_loss(Z_hat, masks, Wq, hypothesis, tau=0.01, names=None):
     return contrastive_loss(masked_pooling(masks, Mq), hypothesis, tau)
 
 
-# ------------------------------------------------------------------------------------------------
-# The teacher, and what it says of a view
-
+# ---- The teacher, and what it says of a view -----------------------------------------------------
 
 @torch.no_grad()
 def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, amp=False):
@@ -375,7 +368,8 @@ def teach(teacher, views, sizes, pd=None, pd_temperature=0.1, amp=False):
     """
     features, size = teacher.encode(views, sizes, amp), views.shape[2:]
     padded = [side * teacher.patch for side in features.shape[2:]]
-    logits = prompt_denoising(teacher.logits(features)[1], pd, pd_temperature)
+    logits = teacher.rectifier(*teacher.inputs(features), teacher.Wr)[1]
+    logits = prompt_denoising(logits, pd, pd_temperature)
     labels = label_map(logits, padded, size, size).masked_fill(padding(sizes, *size), VOID)
     return resample(features, teacher.patch, size, features.shape[2:]), labels
 
@@ -393,8 +387,7 @@ class ViewsWithGroundTruthVoid(TrainingViews):
         return super().batch(keys) | dict(void=views.batch(keys)["view"][:, 0] > 127)
 
 
-# ------------------------------------------------------------------------------------------------
-# Training: the recipe (IV-A), one step, and the loop
+# ---- Training: the recipe (IV-A), one step, and the loop -----------------------------------------
 
 ALWAYS = dict(
     student="resnet50", backbone="imagenet", ratio=(0.5, 2.0), distort=True,
@@ -504,8 +497,14 @@ def train(s, data, teacher, student, hypothesis, run, device):
         run.after(loss, **losses)
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
+# ---- The command ---------------------------------------------------------------------------------
+
+def checkpoint_in(path, *names):
+    """The path of a checkpoint, or the first of `names` in the folder of a run; else UserError."""
+    found = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"{path} is a folder without {' or '.join(names)}")
+    return found[0]
 
 
 def find_teacher(path, device="cpu", source=None):
@@ -535,8 +534,7 @@ def make_student(s, teacher, device):
     torch.manual_seed(s.student_seed)
     state, s.stem = None, "plain" if s.student == "small" else "deep"
     if s.backbone != "none":
-        with one_first():
-            state, s.stem = pretrained_backbone(s.backbone, s.student)
+        state, s.stem = pretrained_backbone(s.backbone, s.student)
     D, names = teacher.rectifier.Wq.shape[1], teacher.rectifier.names
     network = DeepLabV2(D, stem=s.stem, **STUDENTS[s.student])
     if state is not None:
@@ -627,11 +625,7 @@ def main(argv=None):
         train(s, data, teacher, student, hypothesis, run, device)
     barrier()  # the checkpoint is there
     import evaluate  # which needs this module; it sees the checkpoints only
-    kept = path.with_name("results.json")
-    found = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    found |= evaluate.main(["--checkpoint", str(run.path), *passed_on(s)]) or {}
-    print("mIoU: " + "  ".join(f"{stage} {found[stage]['miou']:.2f}" for stage in
-                               ("maskclip", "rectified", "distilled") if stage in found))
+    evaluate.main(["--checkpoint", str(run.path), *passed_on(s)])
 
 
 if __name__ == "__main__":

@@ -27,19 +27,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from data import (CLASSES, PHOTOS, VOID, Parser, Progress, UserError, called, clean_exit, count,
-                  dataset_palette, draw_seed, evenly, gather, legend, list_folder, make_folder,
-                  name_counts, natural, open_dataset, overlay, parse_classes, picture_sheet,
-                  positive, printable, rank, read_ahead, read_image, resize_to_scale, save_picture,
-                  say_once, share, user_path, world, write_text)
-from distill import load_student
-from reclip import (SURGERIES, RectifiedCLIP, authors_method, authors_state, best_name,
-                    checkpoint_in, classify, clip_features, clip_fingerprint, cut_crops,
-                    from_authors, label_map, load_checkpoint, load_clip, make_hypotheses,
-                    open_rectified, pick_device, plain_maskclip, prompt_denoising, query_features,
-                    recipe, to_device, use_amp, usual_surgery)
+                  dataset_palette, evenly, gather, list_folder, make_folder, name_counts, natural,
+                  open_dataset, overlay, parse_classes, picture_sheet, positive, printable, rank,
+                  read_ahead, read_image, resize_to_scale, save_picture, say_once, share,
+                  user_path, world, write_text)
+from distill import checkpoint_in, load_student
+from reclip import (METHODS, SURGERIES, RectifiedCLIP, Rectifier, authors_state, best_name,
+                    classify, clip_features, clip_fingerprint, cut_crops, from_authors, label_map,
+                    load_checkpoint, load_clip, make_hypotheses, open_rectified, pick_device,
+                    prompt_denoising, query_features, recipe, to_device, use_amp, usual_surgery)
 
-# ------------------------------------------------------------------------------------------------
-# Scores, and bias scores (ReCLIP++, Sec. IV-C and Table VII)
+# ---- Scores, and bias scores (ReCLIP++, Sec. IV-C and Table VII) ---------------------------------
 
 BINS = 5  # of the distance from the centre: few, since the ends decide on the mean slope
 
@@ -111,8 +109,7 @@ def space_preference(curve):
     return sum(slopes) / len(slopes) if slopes else None
 
 
-# ------------------------------------------------------------------------------------------------
-# Prediction
+# ---- Prediction ----------------------------------------------------------------------------------
 
 PAMR = {"shapes": (4, (1, 2, 4, 8))}  # steps and dilations, elsewhere NACLIP's:
 NACLIP_PAMR = 10, (8, 16)
@@ -319,9 +316,7 @@ def witness(segment, path, device, source=None):
     return model, query_features(model, segment.classes)
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
-
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 def evaluate(segment, data, scale, device, workers=0, bins=0):
     """{name: confusion matrix} over all images of `data`, shared among the processes.
@@ -464,9 +459,7 @@ def linear_probe(segment, data, device, epochs=60, workers=0, seed=0, batch=2048
     return predict
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures, as PIL images ("Fig." is ReCLIP++'s)
-
+# ---- Figures, as PIL images ("Fig." is ReCLIP++'s) -----------------------------------------------
 
 def comparison(segmenters, data, device, count=5):
     """Image, truth and predictions, where they are scored, of `count` images (Fig. 5). segmenters:
@@ -565,9 +558,7 @@ def chart(lines, ticks, title, width=900, height=480):
     return sheet
 
 
-# ------------------------------------------------------------------------------------------------
-# Your own images
-
+# ---- Your own images -----------------------------------------------------------------------------
 
 def find_images(paths):
     """[(file, name)]: the image files among paths, and in the folders among them, as Paths.
@@ -668,9 +659,7 @@ def write_prediction(segment, out, name, image, mask, sure):
     return line
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
-
+# ---- The command ---------------------------------------------------------------------------------
 
 def open_segmenter(args, path, device):
     """The Segmenter of a checkpoint, ours or the authors', or, without a path, of --classes, with
@@ -719,6 +708,17 @@ def open_foreign(args, path, state, device):
         return from_authors(state, model, classes, query_features(model, classes), s)
     s.surgery = args.surgery or usual_surgery(model, s.surgery)
     return plain_maskclip(model, classes, s)
+
+
+def plain_maskclip(model, classes, settings):
+    """RectifiedCLIP that rectifies nothing: MaskCLIP with C class names."""
+    rectifier = Rectifier(model, classes, query_features(model, classes), *METHODS["maskclip"])
+    return RectifiedCLIP(model, rectifier, None, classes, settings)
+
+
+def authors_method(state):
+    """(method, preset) of a file of the authors; ReCLIP's may be of either preset."""
+    return ("reclip++", "release") if "pe_proj.weight" in state else ("reclip", "paper")
 
 
 def open_split(args, segment, split):

@@ -44,9 +44,7 @@ from data import (CLIP_MEAN, CLIP_STD, DATASETS, IMAGENET_MEAN, IMAGENET_STD, TE
                   parse_classes, photometric_distortion, positive, rank, read_ahead, replacing,
                   seed_number, share, user_path, world, write_text)
 
-# ------------------------------------------------------------------------------------------------
-# III-A  Dense features and the Query: what CLIP says of every patch
-
+# ---- III-A  Dense features and the Query: what CLIP says of every patch --------------------------
 
 def resized_positions(visual, h, w):
     """CLIP's positional embedding for a grid of h×w patches, without the class token.
@@ -147,9 +145,7 @@ def best_name(logits, names=None):
     return torch.stack([part.amax(1) for part in logits.split(names, 1)], 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# III-B  Bias extraction: what CLIP prefers, whatever the image
-
+# ---- III-B  Bias extraction: what CLIP prefers, whatever the image -------------------------------
 
 class Reference(nn.Module):
     """Class-preference bias: learned words, shared by all classes, before each class name (Eq. 1).
@@ -234,9 +230,7 @@ class PositionLogits(nn.Sequential):
         super().__init__(*layers)
 
 
-# ------------------------------------------------------------------------------------------------
-# III-C  Rectified masks
-
+# ---- III-C  Rectified masks ----------------------------------------------------------------------
 
 class Decoder(nn.Module):
     """Mo (Eq. 4): rectified logits in the context of their neighbourhood, a 5×5 convolution and BN.
@@ -332,9 +326,7 @@ def gumbel_noise(shape, seeds, device="cpu"):
     return -noise.log()
 
 
-# ------------------------------------------------------------------------------------------------
-# III-D  Contrastive loss, and the image-level multi-label hypotheses that it learns from
-
+# ---- III-D  Contrastive loss, and the image-level multi-label hypotheses that it learns from -----
 
 def masked_pooling(masks, features):
     """Mean of mask·feature over all n patches: B×C×h×w, B×K×h×w → B×C×K.
@@ -423,8 +415,7 @@ def make_hypotheses(data, model, Wq, s, folder, device):
     What they are decided from (crops that each class won, or 100·cosine) is kept in `folder`, so
     thresholds can be changed without encoding again. s: settings, as of `train`."""
     crops, names = s.hypothesis == "crops", name_counts(data.classes)
-    if s.learn_query:  # hypotheses are the fixed Query's
-        Wq = query_features(model, data.classes)
+    Wq = query_features(model, data.classes) if s.learn_query else Wq  # the fixed Query's
     facts = dict(hypothesis=s.hypothesis, data=data.name, images=data.fingerprint,
                  classes=data.classes, clip=clip_fingerprint(model), activation=s.activation,
                  heads=s.heads, r=s.crop_ratio if crops else None)
@@ -448,8 +439,7 @@ def make_hypotheses(data, model, Wq, s, folder, device):
     return hypothesis
 
 
-# ------------------------------------------------------------------------------------------------
-# IV-A  The recipe of the papers, one training step, and the loop
+# ---- IV-A  The recipe of the papers, one training step, and the loop -----------------------------
 
 ALWAYS = dict(
     clip="ViT-B/16", surgery="program", sigma=5.0, ratio=(0.5, 2.0), distort=True,  # views
@@ -564,9 +554,7 @@ def train(s, data, model, rectifier, hypothesis, run, device):
         run.after(loss)
 
 
-# ------------------------------------------------------------------------------------------------
-# Inference
-
+# ---- Inference -----------------------------------------------------------------------------------
 
 def encode_views(visual, views, preset, surgery, sigma=5.0, amp=False, sizes=None):
     """Dense features, float32 B×D×h×w, not normalised, of uint8 views B×3×H×W.
@@ -596,12 +584,8 @@ class RectifiedCLIP:
         s = self.settings
         return encode_views(self.visual, views, s.preset, s.surgery, s.sigma, amp, sizes)
 
-    def logits(self, features):
-        """Mq and M (ReCLIP) or Mo (ReCLIP++), B×C×h×w, of features as `encode` gives them."""
-        return self.rectifier(*self.inputs(features), self.Wr)
-
     def inputs(self, features):
-        """Z, of unit length, and p, 1×width×h×w: what a Rectifier sees of features."""
+        """Z, of unit length, and p, 1×width×h×w: what a Rectifier sees of encoded features."""
         return F.normalize(features, dim=1), resized_positions(self.visual, *features.shape[2:])
 
 
@@ -653,8 +637,7 @@ def label_map(logits, padded, view, size):
     return labels
 
 
-# ------------------------------------------------------------------------------------------------
-# Running: what keeps a run alive, its checkpoint, networks, devices, processes (by torchrun)
+# ---- Running: what keeps a run alive, checkpoints, networks, devices -----------------------------
 
 # What may change when resuming: machine and places; weights are told apart by fingerprints.
 MACHINE = {"device", "workers", "amp", "data_root", "out", "cache", "clip", "teacher", "labels",
@@ -790,14 +773,6 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def checkpoint_in(path, *names):
-    """The path of a checkpoint, or the first of `names` in the folder of a run; else UserError."""
-    found = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
-    if not found:
-        raise UserError(f"{path} is a folder without {' or '.join(names)}")
-    return found[0]
-
-
 def plain(s):
     """Settings as plain values."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
@@ -814,8 +789,7 @@ def passed_on(s):
 def load_clip(source, activation=None, device="cpu", heads=None):
     """A frozen float32 CLIP with a ViT image encoder; arguments as of `clip.load`. UserError."""
     try:
-        with one_first():  # which downloads for the others
-            model, _ = clip.load(source, device="cpu", activation=activation, heads=heads)
+        model, _ = clip.load(source, device="cpu", activation=activation, heads=heads)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(error) from None
     if not hasattr(model.visual, "proj"):
@@ -895,17 +869,6 @@ def pick_device(name=None):
     return device
 
 
-@contextlib.contextmanager
-def one_first():
-    """Of the processes of a machine one is inside before the others."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        barrier()
-    yield
-    if first:
-        barrier()
-
-
 def parallel(module, device):
     """The module, for several processes in DistributedDataParallel. BatchNorm's statistics are then
     of the whole batch on CUDA; on the CPU, where PyTorch cannot, of each process's own share."""
@@ -934,12 +897,6 @@ def use_amp(given, device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def plain_maskclip(model, classes, settings):
-    """RectifiedCLIP that rectifies nothing: MaskCLIP with C class names."""
-    rectifier = Rectifier(model, classes, query_features(model, classes), *METHODS["maskclip"])
-    return RectifiedCLIP(model, rectifier, None, classes, settings)
-
-
 # Of the authors' checkpoints: what is learned, and its name here; the rest is a copy of CLIP.
 AUTHORS_NAMES = {"text_encoder.prompt_token": "reference.prompt", "pe_proj": "position",
                  "proj_net": "position", "decoder_conv2": "decoder.conv",
@@ -960,20 +917,15 @@ def authors_state(path):
         return state if "text_encoder.prompt_token" in state else None
 
 
-def authors_method(state):
-    """(method, preset) of a file of the authors; ReCLIP's may be of either preset."""
-    return ("reclip++", "release") if "pe_proj.weight" in state else ("reclip", "paper")
-
-
 def from_authors(state, model, classes, Wq, settings):
     """RectifiedCLIP of an `authors_state`; classes: C names in their order; Wq: C×D. Their prompt
     leaves a name three tokens with its end: a longer one loses it. Raises UserError."""
-    method, state = authors_method(state)[0], renamed(state)
-    rectifier, C = Rectifier(model, classes, Wq, *METHODS[method]), len(classes)
+    state, C = renamed(state), len(classes)
+    rectifier = Rectifier(model, classes, Wq, *METHODS[settings.method])
     reference = rectifier.reference
     reference.endings = tuple(ids[:3] for ids in reference.endings)
     reference.prompt = nn.Parameter(torch.empty_like(state["reference.prompt"]))
-    if method == "reclip":
+    if settings.method == "reclip":
         hidden = [len(state[f"position.{i}.weight"]) for i in (0, 3)]
         rectifier.position = PositionLogits(model.visual.proj.shape[0], C, hidden)
     try:
@@ -986,9 +938,7 @@ def from_authors(state, model, classes, Wq, settings):
     return network
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
-
+# ---- The command ---------------------------------------------------------------------------------
 
 def parse_arguments(argv):
     """The command line as a namespace; what is not given is None."""

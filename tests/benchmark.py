@@ -258,7 +258,7 @@ def evaluation(model, device, args):
     """MaskCLIP's confusion matrix of the demo's pictures: with plain label maps, and as it is."""
     data, scale = SmallShapes("val", 0), (64, 64) if args.quick else (336, 336)
     with contextlib.redirect_stdout(io.StringIO()):
-        network = reclip.plain_maskclip(model, data.classes, settings("maskclip"))
+        network = evaluate.plain_maskclip(model, data.classes, settings("maskclip"))
 
     def confusion(label_map):
         with mock.patch.object(evaluate, "label_map", label_map):

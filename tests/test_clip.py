@@ -18,7 +18,7 @@ import clip
 import pretrain
 from clip import clip as loading
 from clip.model import CLIP, LayerNorm, QuickGELU, build_model
-from clip.shapes import SHAPES, TARGET, draw_seed, draw_shapes
+from clip.shapes import TARGET, draw_seed, draw_shapes
 from clip.weights import DTYPES, MODELS, read_state_dict, read_weights
 from conftest import normal, raising, random_clip, refuses, same
 

@@ -94,7 +94,7 @@ def test_the_head_does_with_the_teachers_features_what_the_teacher_does(teachers
     views = F.pad(views, (0, 4, 0, 4))  # whole patches, so that both grids cover the same
     features = teacher.encode(views)  # on a grid that is not CLIP's own
     logits = student.eval().head(features, (72, 64))
-    assert_close(logits, teacher.logits(features)[1], rtol=1e-4, atol=1e-5)
+    assert_close(logits, teacher.rectifier(*teacher.inputs(features), teacher.Wr)[1], rtol=1e-4, atol=1e-5)
 
 
 def test_what_covers_patches_is_read_at_the_cells_centres():

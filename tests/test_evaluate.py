@@ -210,7 +210,8 @@ def test_mean_of_windows_and_mirrors(trained_demo):
         for top, left in ((0, 0), (0, 32), (0, 52), (16, 0), (16, 32), (16, 52)):
             window = ..., slice(top, top + 48), slice(left, left + 48)
             for part, back in ((images[window], ()), (images[window].flip(3), (3,))):
-                logits = segment.network.logits(segment.network.encode(part))[stage]
+                inputs = segment.network.inputs(segment.network.encode(part))
+                logits = segment.network.rectifier(*inputs, segment.network.Wr)[stage]
                 total[window] += F.interpolate(logits, (48, 48), mode="bilinear").flip(back)
                 times[window[1:]] += 1
         assert times.min() == 2 and times.max() == 8
@@ -225,7 +226,7 @@ def test_mean_of_windows_and_mirrors(trained_demo):
 def test_masks_of_several_names_are_those_of_the_best(tiny_clip):
     names = ["ladybug, beetle", "star", "heart, cross"]
     s = Namespace(**reclip.recipe("shapes", method="maskclip"), method="maskclip", preset="release")
-    segment = Segmenter(reclip.plain_maskclip(tiny_clip, names, s), pamr=(1, (1,)))
+    segment = Segmenter(evaluate.plain_maskclip(tiny_clip, names, s), pamr=(1, (1,)))
     image = data.open_dataset("shapes", split="val").image(3)[None]
     Z, _ = segment.network.inputs(segment.network.encode(image))
     each = torch.einsum("bdhw,cd->bchw", Z, segment.network.rectifier.Wq)

@@ -74,7 +74,7 @@ def authors_file(path, weights):
 def authors_network(path, recorded, method="reclip++", preset="release"):
     """The network of an authors' file, written there, with golden's CLIP and VOC's settings."""
     state = reclip.authors_state(authors_file(path, recorded["weights"]))
-    assert reclip.authors_method(state) == (method, preset)
+    assert evaluate.authors_method(state) == (method, preset)
     s = reclip.argparse.Namespace(**reclip.recipe("voc", preset, method), dataset="voc",
                                   preset=preset, method=method, seed=0)
     return reclip.from_authors(state, golden_clip()[0], recorded["class_names"], recorded["Wq"], s)

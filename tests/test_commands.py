@@ -20,6 +20,7 @@ import torch
 import data
 import distill
 import evaluate
+import papers
 import reclip
 from clip.clip import TINY_PATH
 from conftest import (REAL, REPOSITORY, SmallShapes, json_lines, learned, picture, python,
@@ -289,6 +290,7 @@ CHECKPOINT = "evaluate --checkpoint run/reclip.pt"
 MISTAKES = f"""
 reclip --dataset voc --data-root empty                    | empty VOCdevkit
 reclip --dataset voc --data-root voc --classes cat        | --classes
+reclip --dataset folder --classes cat                     | folder --data-root
 reclip {FOLDER} empty                                     | empty
 reclip --dataset folder --data-root good                  | --classes
 reclip --dataset folder --data-root good --classes gone.txt | gone.txt
@@ -417,6 +419,18 @@ def test_recipes_of_benchmarks(name, preset):
     if name in ("voc", "stuff"):  # what goes by their rows
         other = {"voc": "folder", "stuff": "stuff171"}[name]
         assert reclip.recipe(other, preset) == ours and distill.recipe(other) == student
+
+
+@pytest.mark.parametrize("name, preset", [*RECIPES, ("shapes", "release")])
+def test_prompt_denoising_of_every_ablation(name, preset):
+    """ReCLIP++'s with a decoder, else ReCLIP's; none of MaskCLIP and on the demo."""
+    for row, flags in papers.RECTIFIED.items():
+        s = reclip.settings_of(reclip.parse_arguments(
+            ["--dataset", name, "--preset", preset, *flags.split()]))
+        decoder = "--decoder" in flags or not ("--method" in flags or "--no-decoder" in flags)
+        pd = RECIPES.get((name, preset), [None])[-1] if decoder else (
+            None if row == "maskclip" or name == "shapes" else OTHERS[name][3])
+        assert (s.pd, s.pd_temperature) == (pd, 0.1 if decoder else 0.01), row
 
 
 def test_the_demos_recipe():

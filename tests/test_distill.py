@@ -93,8 +93,8 @@ def test_the_head_does_with_the_teachers_features_what_the_teacher_does(teachers
     student, teacher, views = student_of(teachers[method], "--head", head)
     views = F.pad(views, (0, 4, 0, 4))  # whole patches, so that both grids cover the same
     features = teacher.encode(views)  # on a grid that is not CLIP's own
-    logits = student.eval().head(features, (72, 64))
-    assert_close(logits, teacher.rectifier(*teacher.inputs(features), teacher.Wr)[1], rtol=1e-4, atol=1e-5)
+    expected = teacher.rectifier(*teacher.inputs(features), teacher.Wr)[1]
+    assert_close(student.eval().head(features, (72, 64)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_covers_patches_is_read_at_the_cells_centres():
@@ -126,14 +126,6 @@ def labels_with_void(C):
     return labels.where(normal(2, 41, 33) > -0.6, VOID)
 
 
-def test_mask_loss():
-    logits, labels = normal(2, 4, 6, 5), labels_with_void(4)
-    pixels = [-upsampled(logits)[b, :, i, j].log_softmax(0)[labels[b, i, j]]
-              for b, i, j in (labels != VOID).nonzero().tolist()]
-    assert_close(distill.mask_loss(logits, labels), torch.stack(pixels).mean())
-    assert distill.mask_loss(logits, torch.full_like(labels, VOID)) == 0
-
-
 @pytest.mark.parametrize("D, grid", [(7, (6, 5)), (7, (4, 3)), (401, (4, 3))])
 def test_feature_loss_is_the_distance_between_upsampled_features(D, grid):
     Z, Z_hat = normal(2, D, *grid), normal(2, D, 6, 5, seed=1).requires_grad_()
@@ -143,16 +135,7 @@ def test_feature_loss_is_the_distance_between_upsampled_features(D, grid):
     assert_close(loss, expected)
     assert_close(*(torch.autograd.grad(x, Z_hat)[0] for x in (loss, expected)))
     assert distill.feature_loss(Z, Z_hat, valid & False) == 0
-
-
-def test_text_loss_pools_pixels():
-    Z_hat, Wq, labels = F.normalize(normal(2, 7, 6, 5), dim=1), normal(4, 7), labels_with_void(4)
-    hypothesis, tau, total = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]).bool(), 0.1, 0.0
-    for k in (0, 2):
-        pooled = (upsampled(Z_hat)[0] * (labels[0] == k)).mean((1, 2))
-        total += F.cross_entropy(Wq @ pooled / tau, torch.tensor(k)) / 2
-    masks = distill.label_masks(labels, 4, (6, 5))
-    assert_close(distill.text_loss(Z_hat, masks, Wq, hypothesis, tau), total / 2)
+    assert distill.mask_loss(Z, torch.full(valid.shape, VOID)) == 0
 
 
 def test_text_masks_are_the_students_where_there_are_labels():

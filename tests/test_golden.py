@@ -14,7 +14,7 @@ import evaluate
 import reclip
 from clip.model import build_model
 from clip.simple_tokenizer import SimpleTokenizer
-from conftest import GOLDEN, assert_close, golden, refuses, run
+from conftest import GOLDEN, assert_close, golden, random_clip, refuses, run
 from data import VOID
 
 
@@ -55,6 +55,19 @@ def test_dense():
     assert_close(F.normalize(features, dim=1), F.normalize(recorded["Z"], dim=1))
     p = reclip.resized_positions(model.visual, *grid)
     assert_close(p.flatten(2).mT, recorded["positional_embedding"])
+
+
+@pytest.mark.parametrize("surgery, sigma, name", [
+    ("value", 5, "maskclip_no_residual"), ("clearclip", 5, "clearclip"), ("sclip", 5, "sclip"),
+    ("naclip", 5, "naclip"), ("naclip", 2, "naclip_std2")])
+def test_last_blocks_of_public_repositories(surgery, sigma, name):
+    recorded = golden("encoders")
+    visual = random_clip(image_resolution=48, vision_patch_size=8, vision_width=128).visual
+    visual.load_state_dict({key.removeprefix("visual."): value.float()
+                            for key, value in recorded["state"].items()})
+    for kind, images in recorded["images"].items():
+        features = reclip.dense_features(visual, images, surgery, sigma).flatten(2).mT
+        assert (features - recorded["features"][kind][name]).abs().max() <= 2e-5, kind
 
 
 def present(recorded, C):

@@ -15,7 +15,7 @@ import clip
 import data
 import reclip
 from clip.model import QuickGELU
-from conftest import normal, plain_text_features, random_clip, refuses, same
+from conftest import BEFORE_A_NORM, normal, plain_text_features, random_clip, refuses, same
 from reclip import (Rectifier, Reference, best_name, crop_votes, crop_windows, dense_features,
                     gumbel_noise, query_features)
 
@@ -50,20 +50,6 @@ def test_attention_restored_is_stock_clip(model, monkeypatch):
     restored = visual.ln_post(visual.transformer.resblocks[-1](tokens)[:, 0]) @ visual.proj
     assert grid == (4, 4)
     assert_close(restored, model.encode_image(images), atol=1e-5, rtol=0)
-
-
-def test_surgery_value_is_two_convolutions_and_program_is_more(model):
-    images = normal(2, 3, 64, 48)
-    tokens, grid = reclip.tokens_before_last_block(model.visual, images)
-    block = model.visual.transformer.resblocks[-1]
-    x = F.layer_norm(tokens[:, 1:], (64,), block.ln_1.weight, block.ln_1.bias, 1e-6)
-    v = x @ block.attn.in_proj_weight[128:].T + block.attn.in_proj_bias[128:]
-    v = v @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
-    expected = (model.visual.ln_post(v) @ model.visual.proj).mT.reshape(2, 32, 4, 3)
-    value = dense_features(model.visual, images, "value")
-    assert grid == (4, 3)
-    assert_close(value, expected)
-    assert (dense_features(model.visual, images, "program") - value).abs().mean() > 0.1
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -290,10 +276,6 @@ def test_hypotheses_are_made_once_go_on_and_are_not_taken_for_others(
 
 # ---- Training ----------------------------------------------------------------------------------
 
-# Biases that the batch norm after them takes away again: their gradients are rounding errors.
-BEFORE_A_NORM = {"decoder.conv.bias", "position.0.bias", "position.3.bias", "position.6.bias"}
-
-
 @pytest.mark.parametrize("bias, decoder, parts", [
     ("independent", True, {"reference", "position", "decoder"}),
     ("joint", False, {"reference", "position"}),
@@ -397,4 +379,3 @@ def test_prompt_denoising_keeps_what_is_likely_somewhere_and_the_best_class():
     assert kept(None) == [True] * 3
     assert kept(confidence[1] - 0.01) == [True, True, False]
     assert kept(confidence[1] + 0.01) == kept(1.0) == [True, False, False]
-    assert reclip.head_denoising("voc", "none", False, 1.0)[0] is None  # of MaskCLIP's cosines

@@ -8,11 +8,8 @@ import torch.nn.functional as F
 
 import data
 import reclip
-from conftest import golden, random_clip
+from conftest import BEFORE_A_NORM, golden, random_clip
 from reclip import Rectifier, gumbel_noise, rectification_loss
-
-# Biases that the BatchNorm after them takes away again: their gradients are rounding errors.
-BEFORE_A_NORM = {"decoder.conv.bias", "position.0.bias", "position.3.bias", "position.6.bias"}
 
 
 def test_forty_steps_of_the_authors_program():

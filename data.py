@@ -829,7 +829,7 @@ def ask_once(folder, name, facts, fields, blocks, read, ask, workers):
     path = folder / f"{name}-{fingerprint(json.dumps(facts, sort_keys=True), head)}.npy"
     size = len(head) + starts[-1] * kind.itemsize
     if rank() == 0 and not (path.exists() and path.stat().st_size == size):
-        print(f"{name}: {size / 1e9:.2f} GB → {printable(path)}", flush=True)
+        print(f"{name}: {size / 1e6:,.1f} MB → {printable(path)}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         path.touch()  # not under a temporary name: whoever else makes it writes the same
         os.truncate(path, size)

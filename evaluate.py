@@ -865,7 +865,7 @@ def draw_figures(shown, data, results, confusions, device, out):
 @clean_exit
 def main(argv=None):
     args = parse_arguments(argv)
-    device = pick_device(args.device)
+    images, device = args.images and find_images(args.images), pick_device(args.device)
     if world() > 1 and (args.images or args.linear_probe):
         raise UserError("--images and --linear-probe run in one process, without torchrun")
     newest = sorted(Path("runs").glob("*/*.pt"), key=lambda path: path.stat().st_mtime)
@@ -885,8 +885,8 @@ def main(argv=None):
         stage = args.method or first.names[-1]
         if stage not in first.names:
             raise UserError(f"--method {stage}: this checkpoint has only {', '.join(first.names)}")
-        print(printable(f"masks of {first.path or 'CLIP alone'}"))
-        return predict(first, stage + "_pamr" * bool(first.pamr), find_images(args.images),
+        print(printable(f"masks of {first.path or f'CLIP alone, --surgery {s.surgery}'}"))
+        return predict(first, stage + "_pamr" * bool(first.pamr), images,
                        args.out or out / "predictions", device, args.workers, args.confidence,
                        args.unknown_below or 0.0)
 

@@ -58,12 +58,12 @@ def test_confusion_matrices_count_pixels():
 
 def test_scores_by_hand_with_absent_classes_both_ways():
     # Class 2 occurs nowhere; class 3 is predicted but never true, so it counts with an IoU of 0.
-    confusion = torch.tensor([[6, 2, 0, 0], [0, 3, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    confusion = torch.tensor([[6, 2, 0, 0], [0, 5, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
     for count_absent, counted in ((False, 3), (True, 4)):
         result = scores(confusion, count_absent)
-        assert result["iou"] == [100 * 6 / 8, 100 * 3 / 6, None, 0.0]
-        assert result["miou"] == pytest.approx(125 / counted)
-        assert result["pixel_accuracy"] == pytest.approx(75)
+        assert result["iou"] == [100 * 6 / 8, 100 * 5 / 8, None, 0.0]
+        assert result["miou"] == pytest.approx(137.5 / counted)
+        assert result["pixel_accuracy"] == pytest.approx(1100 / 14)
     # Rows as shares: 0.6 0.3 0.1 | 0.5 0.25 0.25 | absent | 0 0 0 1
     confusion = torch.tensor([[6, 3, 1, 0], [4, 2, 2, 0], [0, 0, 0, 0], [0, 0, 0, 7]])
     assert evaluate.class_preference(confusion) == pytest.approx((0.3 - 0.25 + 1) / 3)
@@ -188,12 +188,14 @@ def test_masks_of_several_names_are_those_of_the_best(tiny_clip):
 
 def test_what_is_in_a_picture(segment, tiny_clip, monkeypatch):
     """Two names of class 0, one of class 1; of each crop the better name counts."""
-    image, Wq = data.open_dataset("shapes").image(0), F.normalize(normal(3, 64), dim=1)
+    image = data.open_dataset("shapes").image(0)
+    Wq = F.normalize(normal(1, 64) + 0.05 * normal(3, 64, seed=1), dim=1)  # alike: p is far from 0
     crops = reclip.cut_crops(image, 0.3, tiny_clip.visual.input_resolution)
     cosines = F.normalize(reclip.clip_features(tiny_clip, crops), dim=1) @ Wq.T
     own = torch.stack([cosines[:, :2].amax(1), cosines[:, 2]], 1) / 0.01
     p = evaluate.presence_prior(image, tiny_clip, Wq, 0.3, ["a, b", "c"])
     assert_close(p, own.softmax(1).mean(0))
+    assert 0.05 < p.min() < p.max() < 0.95
     # and its logarithm is added to logits / T, of which PAMR then takes means
     image, prior = image[None], torch.linspace(0.1, 1, 10)
     monkeypatch.setattr(evaluate, "presence_prior", lambda *rest: prior)

@@ -44,7 +44,8 @@ def settings(**changes):
 # ---- Dense features ----------------------------------------------------------------------------
 
 def test_attention_restored_is_stock_clip(model, monkeypatch):
-    images, visual = normal(2, 3, 64, 64), model.visual
+    images, visual, x = normal(2, 3, 64, 64), model.visual, 1e-3 * normal(2, 64)
+    assert_close(reclip.norm(torch.nn.LayerNorm(64), x), F.layer_norm(x, (64,), eps=1e-6))
     monkeypatch.setattr(reclip, "norm", lambda layer, x: layer(x))  # CLIP's own epsilon
     tokens, grid = reclip.tokens_before_last_block(visual, images)
     restored = visual.ln_post(visual.transformer.resblocks[-1](tokens)[:, 0]) @ visual.proj

@@ -132,7 +132,7 @@ def clean_exit(main):
             if isinstance(error, BrokenPipeError):  # or Python would complain once more
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             elif isinstance(error, MemoryError) or re.search("out of memory|allocate", line):
-                line = f"out of memory ({line[:80]}…); try a smaller --batch, --crop or --scale"
+                line = f"out of memory ({line[:80]}…); in training, try a smaller --batch"
             elif not getattr(error, "strerror", None):
                 raise
         print(f"error: {printable(' '.join(line.split()))}", file=sys.stderr)
@@ -556,8 +556,10 @@ class SegmentationData:
         return not missing
 
     def label(self, index):
-        """int64 H×W, values 0…C-1 and VOID. Opens the label file. Raises KeyError where there is
-        none, UserError as `read_label` and for an id that the data set does not have."""
+        """int64 H×W, values 0…C-1 and VOID. Opens the label file. Raises UserError where there is
+        none, as `read_label`, and for an id that the data set does not have."""
+        if self.ids[index] not in self.labels[0]:
+            raise UserError(f"{self.name} {self.split} has no label for {self.ids[index]}")
         path, table = self.labels[0][self.ids[index]]
         raw, C = read_label(path, self.image_path(index), self.turn), len(self.classes)
         label = table[raw.clamp(0, 255)]

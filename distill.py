@@ -126,7 +126,7 @@ def pretrained_backbone(source, student="resnet50"):
 
 
 def load_backbone(backbone, state, source):
-    """Put a state dict into a ResNet; UserError, naming `source`, unless all keys and shapes fit."""
+    """Put a state dict into a ResNet; UserError, naming `source`, unless keys and shapes fit."""
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:

@@ -590,12 +590,13 @@ def predict(segment, stage, images, out, device, workers=0, confidence=False, un
     classes.json         their names, C,
     predictions.jsonl    a line a file: per cent of the pixels, mean confidence of each class.
     """
-    names, failed, lines = [*map(called, segment.classes)], [], []
+    names, failed = [*map(called, segment.classes)], []
     known, progress = out / "classes.json", Progress("predict", len(images))
     make_folder(out)
     if known.exists() and known.read_text("utf-8") != json.dumps(names):
         raise UserError(f"{out} has the masks of other classes; choose another folder with --out")
     write_text(known, json.dumps(names))
+    lines = open(out / "predictions.jsonl", "w", encoding="utf-8", buffering=1)  # line by line
 
     def read(image):
         try:
@@ -617,10 +618,10 @@ def predict(segment, stage, images, out, device, workers=0, confidence=False, un
                 mask[sure < unknown_below] = VOID
             line |= dict(stage=stage) | write_prediction(
                 segment, out, name, image, mask[0].cpu(), sure[0].cpu() if confidence else None)
-        lines.append(json.dumps(line) + "\n")
+        lines.write(json.dumps(line) + "\n")
         progress.advance()
     progress.close()
-    write_text(out / "predictions.jsonl", "".join(lines))
+    lines.close()
     print(printable(f"{len(images) - len(failed)} images ({stage}) → {out}/"))
     if failed:
         raise UserError(f"{len(failed)} of {len(images)} images could not be read: "
@@ -822,7 +823,7 @@ def assess(segment, data, args, device, bins):
         usual &= result["pd"] == s.pd if stage in ("rectified", "rectified_pamr") else True
         if stage.endswith("_pamr"):
             result |= dict(pamr=segment.pamr, pamr_size=segment.pamr_size)
-            usual &= segment.pamr == PAMR.get(s.dataset, NACLIP_PAMR) and not args.pamr_size
+            usual &= (segment.pamr, segment.pamr_size) == (PAMR.get(s.dataset, NACLIP_PAMR), "view")
         result["standard"] = bool(usual and segment.finished and
                                   (data.name, data.split) == (s.dataset, "val"))
         if getattr(s, "use_ground_truth_void", False):  # not trained unsupervised
@@ -872,8 +873,7 @@ def main(argv=None):
     paths = [None] if args.classes is not None else [
         checkpoint_in(path, "distill.pt", "reclip.pt") for path in args.checkpoint or newest[-1:]]
     if not paths:
-        raise UserError("no checkpoint under runs/; run python reclip.py first, or name one with "
-                        "--checkpoint")
+        raise UserError("no checkpoint under runs/; run reclip.py first, or name one: --checkpoint")
     if args.figures and len(paths) == 1:
         both = [paths[0].with_name(name) for name in ("reclip.pt", "distill.pt")]
         paths = [path for path in both if path.exists()] if paths[0] in both else paths
@@ -892,8 +892,9 @@ def main(argv=None):
 
     data = open_split(args, first, args.split)
     for segment in segmenters:
-        if data.classes != segment.classes:
-            raise UserError(f"{segment.path} was made for other classes than {data.name}'s")
+        pictures = s.seed if data.name == "shapes" else segment.settings.seed
+        if (data.classes, pictures) != (segment.classes, segment.settings.seed):
+            raise UserError(f"{segment.path} was made for other classes or pictures than these")
     if not data.has_labels:
         print(printable(f"{data.name} has no labels to compare with; masks of images: python "
                         f"evaluate.py --checkpoint {first.path} --images …"))

@@ -995,17 +995,17 @@ def settings_of(args):
     if s.batch < world() and "batch" not in given:
         # As the authors' recipe for Cityscapes does: 16 times the batch, 16 times the rate.
         s.lr, s.batch = s.lr if "lr" in given else s.lr * world() / s.batch, world()
+    learned = s.bias != "none" or s.decoder or s.learn_query or s.tune_encoder
     for wrong, message in (
             (s.batch < world(), f"--batch {s.batch}: {world()} processes need an image each"),
             (s.crop_ratio < 0.02, f"--crop-ratio {s.crop_ratio}: expected 0.02 to 1"),
             (not 0 <= s.threshold < (1 if s.hypothesis == "crops" else 100), "--threshold "
              f"{s.threshold}: expected a share of the crops, or for global less than 100"),
-            (s.views and s.tune_encoder, "--tune-encoder needs --views 0, fresh views"),
-            ((s.method == "maskclip") != (s.bias == "none" and not s.decoder), "without bias and "
-             "decoder nothing is learned: that is --method maskclip, and no other")):
+            (s.tune_encoder and (s.views or world() > 1), "--tune-encoder: --views 0, one process"),
+            (learned == (s.method == "maskclip"), "--method maskclip learns nothing, others do")):
         if wrong:
             raise UserError(message)
-    name = [s.dataset] + [v for v, d in ((s.method, "reclip++"), (s.preset, "release")) if v != d]
+    name = [s.dataset] + [x for x in (s.method, s.preset) if x not in ("reclip++", "release")]
     s.out = s.out or Path("runs") / "-".join(name + [f"seed{s.seed}"] * bool(s.seed))
     s.cache = s.cache or s.out
     return s

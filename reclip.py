@@ -571,12 +571,11 @@ class RectifiedCLIP:
     settings: a namespace with preset, surgery, sigma, method and the values of evaluation."""
 
     def __init__(self, model, rectifier, Wr, classes, settings):
-        device = model.visual.proj.device
         self.model, self.classes, self.settings = model, list(classes), settings
         self.visual = rectifier.visual or image_encoder(model, settings.preset)
         self.patch = model.visual.conv1.stride[0]
-        self.rectifier = rectifier.to(device).eval().requires_grad_(False)
-        self.Wr = Wr if Wr is None else Wr.to(device)
+        self.rectifier = rectifier.to(model.visual.proj.device).eval().requires_grad_(False)
+        self.Wr = Wr if Wr is None else Wr.to(rectifier.Wq)
 
     @torch.no_grad()
     def encode(self, views, sizes=None, amp=False):
@@ -612,27 +611,31 @@ def interpolation(n, padded, view, size, device):
 def label_map(logits, padded, view, size):
     """Class of every pixel: logits upsampled (bilinear) to the network's input, then to the label.
     logits: B×C×h×w, covering `padded` (height, width) pixels, of which the top left `view` are the
-    image, whose label has `size`. Returns int64 B×H×W. Block by block: a pixel is a weighted mean
-    of the cells around it, so within a block a class whose greatest cell is below another's least
-    wins no pixel, and need not be upsampled. Raises UserError for logits that are not finite."""
+    image, whose label has `size`. Returns int64 B×H×W. A block's pixels are weighted means of its
+    ends and of the cells inside: a class that is below another in all of these wins no pixel there,
+    and is not upsampled. Raises UserError for logits that are not finite."""
     if not logits.isfinite().all():
         raise UserError("the logits are not all finite; are the weights damaged?")
-    block = 96 if logits.device.type == "cpu" else 1024
+    block = 80 if logits.device.type == "cpu" else 1024
 
     def blocks(*side):
-        """Of every block of a side the cells that it needs, and their weights."""
+        """Of every block of a side the cells that it needs, their weights, and its ends."""
         for weights in interpolation(*side, logits.device).split(block):
             used = weights.amax(0).nonzero()
             cells = slice(int(used[0]), int(used[-1]) + 1)
-            yield cells, weights[:, cells]
+            weights = weights[:, cells]
+            inside = torch.eye(weights.shape[1], device=weights.device)[1:-1]
+            yield cells, weights, torch.cat((weights[:1], inside, weights[-1:]))
 
     down, across = (list(blocks(*side)) for side in zip(logits.shape[2:], padded, view, size))
     labels = torch.empty(len(logits), *size, dtype=torch.int64, device=logits.device)
     for one, label in zip(logits, labels):
-        for (a, rows), strip in zip(down, label.split(block)):
-            for (b, columns), part in zip(across, strip.split(block, 1)):
+        for (a, rows, top), strip in zip(down, label.split(block)):
+            for (b, columns, left), part in zip(across, strip.split(block, 1)):
                 cells = one[:, a, b]
-                possible = (cells.amax((1, 2)) >= cells.amin((1, 2)).max()).nonzero()[:, 0]
+                ends = (top @ cells @ left.T).flatten(1)
+                safe = ends[ends.amin(1).argmax()]  # the class whose least is greatest
+                possible = (ends >= safe).any(1).nonzero()[:, 0]
                 part.copy_(possible[(rows @ cells[possible] @ columns.T).max(0)[1]])
     return labels
 
@@ -679,7 +682,6 @@ class Run:
         if first:
             self.learner.load_state_dict(self.previous["state"])
             optimizer.load_state_dict(self.previous["optimizer"])
-        if 0 < first < self.total:
             print(f"going on from step {first}")
         if rank() == 0:  # steps after the checkpoint are repeated, and so are their lines
             lines = self.log.read_text("utf-8").splitlines(True) if self.log.exists() else []
@@ -892,9 +894,8 @@ def views_on(device, batch):
 
 def use_amp(given, device):
     """Whether networks run in bf16: as --amp says, else on a GPU that has instructions for it."""
-    if given is not None:
-        return given
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return able if given is None else given
 
 
 # Of the authors' checkpoints: what is learned, and its name here; the rest is a copy of CLIP.
@@ -933,9 +934,8 @@ def from_authors(state, model, classes, Wq, settings):
     except RuntimeError as error:
         raise UserError(f"the authors' checkpoint does not fit {C} classes "
                         f"({', '.join(classes[:3])}, …) and this CLIP: {error}") from None
-    network = RectifiedCLIP(model, rectifier, None, classes, settings)
-    network.Wr = rectifier.texts(model)[1]
-    return network
+    Wr = rectifier.to(model.visual.proj.device).texts(model)[1].detach()
+    return RectifiedCLIP(model, rectifier, Wr, classes, settings)
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -45,8 +45,7 @@ BINS = 5  # of the distance from the centre: few, since the ends decide on the m
 def confusion_matrix(prediction, label, C, place=None, places=1):
     """Pixels by true class (rows) and predicted class (columns), int64 C×C.
     prediction, label: integer tensors of one shape; pixels whose label is not in 0…C-1 (void, 255)
-    do not count. place: None, or of that shape, 0…places-1, for a matrix of each, places×C×C.
-    """
+    do not count. place: None, or of that shape, 0…places-1, for a matrix of each, places×C×C."""
     index = label.long() * C + prediction + (0 if place is None else C * C * place.long())
     # What does not count has an entry of its own: to select would be to wait for a GPU.
     n = places * C * C
@@ -58,8 +57,7 @@ def confusion_matrix(prediction, label, C, place=None, places=1):
 def scores(confusion, count_absent=False):
     """IoU of every class, their mean and pixel accuracy of a confusion matrix, in per cent.
     A class without any pixel, true or predicted, is left out of the mean, as in mmsegmentation;
-    count_absent counts it as 0, as the authors' program does. Its own IoU is None.
-    """
+    count_absent counts it as 0, as the authors' program does. Its own IoU is None."""
     confusion = confusion.double()
     hits = confusion.diagonal()
     iou = 100 * hits / (confusion.sum(0) + confusion.sum(1) - hits)  # nan where a class is absent
@@ -71,8 +69,7 @@ def scores(confusion, count_absent=False):
 def class_preference(confusion):
     """How far the right class is ahead of the most preferred wrong one, -1…1; higher is better.
     Of each row of the confusion matrix, int64 C×C, as shares of it: the diagonal minus the largest
-    other entry; the mean over the classes that have pixels.
-    """
+    other entry; the mean over the classes that have pixels."""
     shares = confusion.double() / confusion.sum(1, keepdim=True)
     others = shares.clone().fill_diagonal_(0).amax(1)
     return (shares.diagonal() - others).nanmean().item()
@@ -330,12 +327,14 @@ def evaluate(segment, data, scale, device, workers=0, bins=0):
         return resize_to_scale(image, scale), image, label.to(torch.uint8), place.to(torch.uint8)
 
     C, totals, progress = len(data.classes), {}, Progress("evaluate", len(data))
-    for item in read_ahead(read, range(rank(), len(data), world()), workers):
-        view, image, label, place = (to_device(part[None], device) for part in item)
-        for name, prediction in segment(view, image).items():
-            matrix = confusion_matrix(prediction, label, C, *(place, bins + 1) * bool(bins))
-            totals[name] = totals[name] + matrix if name in totals else matrix
-        progress.advance(world())
+    items = read_ahead(read, range(rank(), len(data), world()), workers)
+    for _, alike in itertools.groupby(items, lambda item: [part.shape for part in item]):
+        while some := [*itertools.islice(alike, 4)]:  # neighbours of one size go together
+            view, image, label, place = (to_device(torch.stack(x), device) for x in zip(*some))
+            for name, prediction in segment(view, image).items():
+                matrix = confusion_matrix(prediction, label, C, *(place, bins + 1) * bool(bins))
+                totals[name] = totals[name] + matrix if name in totals else matrix
+            progress.advance(len(some) * world())
     progress.close()
     parts = gather({name: total.cpu() for name, total in totals.items()})
     return {name: sum(part[name] for part in parts if part) for name in parts[0]}

@@ -616,7 +616,7 @@ def label_map(logits, padded, view, size):
     and is not upsampled. Raises UserError for logits that are not finite."""
     if not logits.isfinite().all():
         raise UserError("the logits are not all finite; are the weights damaged?")
-    block = 80 if logits.device.type == "cpu" else 1024
+    block = 104 if logits.device.type == "cpu" else 1024
 
     def blocks(*side):
         """Of every block of a side the cells that it needs, their weights, and its ends."""

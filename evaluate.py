@@ -268,8 +268,9 @@ class Segmenter:
 def most_likely(logits, padded, view, size, temperature, refine=None, at=None):
     """Class of every pixel and its probability, softmax(logits / temperature), both B×H×W.
     As `label_map` with the softmax after upsampling; refine: what is done before to the logits of
-    some classes, B×K×h×w, at the resolution `at`: by default the view's. In chunks of classes.
-    """
+    some classes, B×K×h×w, at the resolution `at`: by default the view's. In chunks of classes."""
+    if not logits.isfinite().all():
+        raise UserError("the logits are not all finite; are the weights damaged?")
     chunk = max(1, min(32, 2**26 // (len(logits) * math.prod(size))))
     best = total = logits.new_full((len(logits), *size), -math.inf)
     labels = torch.zeros_like(best, dtype=torch.int64)

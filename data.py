@@ -277,8 +277,9 @@ def parse_classes(text):
     lines = [text.replace(";", ",")]
     if os.path.isfile(user_path(text)):
         content = user_path(text).read_text("utf-8-sig", "replace").replace(";", ",")
+        content = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), content)  # JSON's
         listed = re.search(r"(?:\A|^names:)\s*\[(.*?)\]", content, re.S | re.M)
-        lines = re.sub("#.*", "", content).splitlines()
+        lines = re.sub(r"(^|\s)#.*", "", content, flags=re.M).splitlines()
         lines = [line.rstrip() for line in lines if line.strip()]
         if listed:
             names = re.findall(r"\"([^\"]*)\"|'([^']*)'|([^\s,'\"][^,\n]*)", listed[1])
@@ -296,7 +297,7 @@ def parse_classes(text):
         raise UserError(f"{len(classes)} classes in --classes {text}; expected 1 to {VOID - 1}")
     names = [name.lower() for names in classes for name in names]
     for name in itertools.chain(*classes):
-        if re.search(r"^$|[][{}<>:=\"\ufffd]|^_|^[\d.)]+( |$)", name) or not name.isprintable():
+        if re.search(r"^$|[][{}<>:=\"\\\ufffd]|^_|^[\d.)]+( |$)", name) or not name.isprintable():
             raise UserError(f"\"{name}\" in --classes {text} is no name; expected a class a line")
         if names.count(name.lower()) > 1:
             raise UserError(f"class name \"{name}\" is repeated in --classes {text}")
@@ -360,15 +361,16 @@ def _opened(path, what="image"):
 
 def read_image(path, turn=True):
     """Read any photograph as uint8 3×H×W, RGB; turned as its EXIF orientation says, or as stored.
-    Grey, palette and CMYK images become RGB; transparent ones are laid on white; of 16-bit values
-    the high byte is kept. Raises UserError, naming the file, if it cannot be read."""
+    Grey, palette and CMYK images become RGB; transparent ones are laid on white; of 16-bit values,
+    if any exceeds 255, the high byte is kept. Raises UserError, naming the file it cannot read."""
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image) if turn else image
         if image.mode == "F" or image.mode.startswith("I"):
             values = np.asarray(image)
             if image.mode == "F" or values.min() < 0 or values.max() > 65535:
                 raise ValueError("expected whole numbers of 8 or 16 bits; convert it")
-            image = Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
+            shift = 8 * (values.max() > 255)
+            image = Image.fromarray((values.astype(np.int64) >> shift).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

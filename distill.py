@@ -116,7 +116,7 @@ def pretrained_backbone(source, student="resnet50"):
             weights = torchvision.models.get_model_weights(student).IMAGENET1K_V1
             state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
         else:
-            state = read_state_dict(source)
+            state = read_state_dict(user_path(source))
     except (ValueError, OSError, RuntimeError, http.client.HTTPException) as error:
         what = f"cannot download {weights.url}: " if source == "imagenet" else ""
         raise UserError(f"{what}{error}; --backbone is imagenet, none, or the path of a ResNet's "
@@ -613,7 +613,6 @@ def main(argv=None):
     print("  ".join(f"{key}={value}" for key, value in plain(s).items() if key != "classes"))
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes → {s.out}/")
     make_folder(s.out)
-    make_folder(s.cache)
     run = Run(s.out / "distill.pt", s, data, teacher.model, student, "log-distill.jsonl", "distill")
     if not run.finished:
         hypothesis = None

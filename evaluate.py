@@ -79,8 +79,7 @@ def distance_bins(label, objects, bins=BINS):
     """The bin of each pixel's object, by how far the object is from the centre of the image.
     label, objects: int64 H×W, objects 0 where there is none. The distance is that from an object's
     centroid (over its pixels with a class) to the image's, relative to half the image's diagonal:
-    0…1, in `bins` equal bins. Returns int64 H×W; `bins` for pixels of no object.
-    """
+    0…1, in `bins` equal bins. Returns int64 H×W; `bins` for pixels of no object."""
     _, place = objects.masked_fill(label == VOID, 0).unique(return_inverse=True)
     sides = torch.meshgrid(*(torch.arange(n) + 0.5 - n / 2 for n in label.shape), indexing="ij")
     y, x = (place.flatten().bincount(side.flatten().double()) / place.flatten().bincount()
@@ -178,8 +177,8 @@ class Segmenter:
         self.names = ["distilled"] if self.student else (
             plain + ["rectified"] * (s.method != "maskclip"))
         # MaskCLIP's logits are of names, of which the best decides last of all, as in NACLIP.
-        counts = torch.tensor(name_counts(self.classes))
-        self.class_of = torch.arange(len(counts)).repeat_interleave(counts).to(device)
+        self.counts = name_counts(self.classes)
+        self.class_of = torch.repeat_interleave(torch.tensor(self.counts)).to(device)
 
     @torch.no_grad()
     def stages(self, views):
@@ -187,8 +186,7 @@ class Segmenter:
         width) that they cover: the view by a student's grid, whole patches by a ViT's.
 
         Features are for a linear probe: Z, "rectified" with the logits beside it, D+C channels, or
-        Ẑ of unit length. MaskCLIP has logits of names, of which a class may have several.
-        """
+        Ẑ of unit length. MaskCLIP has logits of names, of which a class may have several."""
         network = self.network
         if self.student:
             Z_hat, logits = network(views, amp=self.amp)
@@ -248,11 +246,13 @@ class Segmenter:
             plain, probability = name.removesuffix("_pamr"), None
             if name == plain and not sure:
                 labels = label_map(outputs[name], padded, view, size)
+                labels = self.class_of[labels] if name == "maskclip" else labels
             else:
                 refine = None if name == plain else lambda part: pamr(guide, part, *self.pamr)
+                names = self.counts if plain == "maskclip" else None
                 labels, probability = most_likely(outputs[plain], padded, view, size,
-                                                  self.temperature(plain), refine, at)
-            maps[name] = self.class_of[labels] if plain == "maskclip" else labels
+                                                  self.temperature(plain), refine, at, names)
+            maps[name] = labels
         return (maps[only], probability) if only else maps
 
     def temperature(self, name):
@@ -265,20 +265,23 @@ class Segmenter:
         return 0.01 if self.network.head.decoder is None else 0.1
 
 
-def most_likely(logits, padded, view, size, temperature, refine=None, at=None):
+def most_likely(logits, padded, view, size, temperature, refine=None, at=None, names=None):
     """Class of every pixel and its probability, softmax(logits / temperature), both B×H×W.
     As `label_map` with the softmax after upsampling; refine: what is done before to the logits of
-    some classes, B×K×h×w, at the resolution `at`: by default the view's. In chunks of classes."""
+    some classes, B×K×h×w, at the resolution `at`: by default the view's; names: as in `best_name`,
+    which comes between upsampling and softmax. In chunks of classes."""
     if not logits.isfinite().all():
         raise UserError("the logits are not all finite; are the weights damaged?")
+    names = names or [1] * logits.shape[1]
     chunk = max(1, min(32, 2**26 // (len(logits) * math.prod(size))))
     best = total = logits.new_full((len(logits), *size), -math.inf)
     labels = torch.zeros_like(best, dtype=torch.int64)
-    for first in range(0, logits.shape[1], chunk):
-        part = F.interpolate(logits[:, first : first + chunk], padded, mode="bilinear")
+    for first in range(0, len(names), chunk):
+        some, start = names[first : first + chunk], sum(names[:first])
+        part = F.interpolate(logits[:, start : start + sum(some)], padded, mode="bilinear")
         part = part[..., : view[0], : view[1]]
         part = part if refine is None else refine(F.interpolate(part, at or view, mode="bilinear"))
-        part = F.interpolate(part, size, mode="bilinear") / temperature
+        part = best_name(F.interpolate(part, size, mode="bilinear"), some) / temperature
         value, index = part.max(1)
         labels = torch.where(value > best, index + first, labels)
         best, total = torch.maximum(value, best), torch.logaddexp(total, part.logsumexp(1))
@@ -290,8 +293,7 @@ def presence_prior(image, model, Wq, r, classes, amp=False):
     """How likely each class is in a picture at all, by CLIP's view of its crops; C, sum 1.
     The mean over the crops of softmax(cosine / 0.01). Not in the papers, which ask about crops
     (Sec. III-D, Eq. 6) in training alone. image: uint8 3×H×W; model: a CLIP; Wq: a row for each
-    name of the classes; r: side of a crop relative to the image's; amp: encode in bf16.
-    """
+    name of the classes; r: side of a crop relative to the image's; amp: encode in bf16."""
     crops = cut_crops(image, r, model.visual.input_resolution)
     cosines = F.normalize(clip_features(model, crops, amp), dim=1) @ Wq.T
     p = (best_name(cosines, name_counts(classes)) / 0.01).softmax(1).mean(0)
@@ -320,8 +322,7 @@ def evaluate(segment, data, scale, device, workers=0, bins=0):
     """{name: confusion matrix} over all images of `data`, shared among the processes.
 
     segment: a Segmenter, or any function of views B×3×h×w and images B×3×H×W, both uint8, to {name:
-    int64 B×H×W}. bins: if more than 0, the matrices are (bins+1)×C×C, by `distance_bins`.
-    """
+    int64 B×H×W}. bins: if more than 0, the matrices are (bins+1)×C×C, by `distance_bins`."""
     def read(i):
         image, label = data.image(i), data.label(i)
         place = distance_bins(label, data.objects(i), bins) if bins else label
@@ -329,8 +330,9 @@ def evaluate(segment, data, scale, device, workers=0, bins=0):
 
     C, totals, progress = len(data.classes), {}, Progress("evaluate", len(data))
     items = read_ahead(read, range(rank(), len(data), world()), workers)
-    for _, alike in itertools.groupby(items, lambda item: [part.shape for part in item]):
-        while some := [*itertools.islice(alike, 4)]:  # neighbours of one size go together
+    for shapes, alike in itertools.groupby(items, lambda item: [part.shape for part in item]):
+        most = max(1, 2**18 // max(map(math.prod, shapes)))  # small neighbours go together
+        while some := [*itertools.islice(alike, most)]:
             view, image, label, place = (to_device(torch.stack(x), device) for x in zip(*some))
             for name, prediction in segment(view, image).items():
                 matrix = confusion_matrix(prediction, label, C, *(place, bins + 1) * bool(bins))
@@ -708,13 +710,8 @@ def open_foreign(args, path, state, device):
     if path:
         return from_authors(state, model, classes, query_features(model, classes), s)
     s.surgery = args.surgery or usual_surgery(model, s.surgery)
-    return plain_maskclip(model, classes, s)
-
-
-def plain_maskclip(model, classes, settings):
-    """RectifiedCLIP that rectifies nothing: MaskCLIP with C class names."""
     rectifier = Rectifier(model, classes, query_features(model, classes), *METHODS["maskclip"])
-    return RectifiedCLIP(model, rectifier, None, classes, settings)
+    return RectifiedCLIP(model, rectifier, None, classes, s)
 
 
 def authors_method(state):
@@ -781,7 +778,7 @@ def parse_arguments(argv):
         if one in given and other not in given:
             raise UserError(f"--{one} goes with --{other}".replace("_", "-"))
     for one, other in (("classes", "checkpoint"), *(("images", name) for name in (
-            "bias", "figures", "linear_probe", "hypotheses", "count_absent"))):
+            "bias", "figures", "linear_probe", "hypotheses", "count_absent", "labels"))):
         if one in given and other in given:
             raise UserError(f"--{one} and --{other} do not go together".replace("_", "-"))
     if args.checkpoint and args.checkpoint[1:] and (args.images or args.hypotheses):
@@ -879,6 +876,8 @@ def main(argv=None):
         paths = [path for path in both if path.exists()] if paths[0] in both else paths
     segmenters = [open_segmenter(args, path, device) for path in paths]
     first = segmenters[0]
+    if args.pd is not None and not any("rectified" in segment.names for segment in segmenters):
+        raise UserError("--pd is for rectified masks alone")
     s, out = first.settings, args.out or first.folder
     args.workers = s.workers if args.workers is None else args.workers
     if args.images:
@@ -903,7 +902,8 @@ def main(argv=None):
         raise UserError(f"--hypotheses: {first.path} was not trained with hypotheses of its own")
     make_folder(out)
     bins, shown, confusions, results = BINS if args.bias or args.figures else 0, [], {}, {}
-    several = len({segment.names[-1] for segment in segmenters}) < len(segmenters)
+    stages = [stage for segment in segmenters for stage in segment.names]
+    several = len(set(stages)) < len(stages)
     titles = [segment.folder.name for segment in segmenters]
     titles = titles if len(set(titles)) == len(titles) else list(map(str, paths))
     for segment, title in zip(segmenters, titles):
@@ -925,8 +925,8 @@ def main(argv=None):
               "from the centre, relative to half the diagonal)")
     if args.hypotheses:
         images, clip = open_split(args, first, s.train_split), first.network
-        hypothesis = make_hypotheses(images, clip.model, clip.rectifier.Wq, s, Path(s.cache),
-                                     device)
+        folder = first.folder if any(first.folder.glob("hypotheses-*.npy")) else Path(s.cache)
+        hypothesis = make_hypotheses(images, clip.model, clip.rectifier.Wq, s, folder, device)
         print("hypotheses of {} training images: precision {:.1f} %, recall {:.1f} %".format(
             len(images), *hypothesis_quality(hypothesis, images)))
     if args.figures and rank() == 0:

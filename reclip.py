@@ -862,7 +862,7 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error)[:80]}") from None
     if together and not dist.is_initialized():
-        # Plain values go by way of the CPU. A day's patience: one may download for the others.
+        # Plain values go by way of the CPU. A day's patience: one may still be downloading.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=1))
         atexit.register(dist.destroy_process_group)
@@ -1028,7 +1028,6 @@ def main(argv=None):
     print(f"{data.name}: {len(data)} training images, {len(data.classes)} classes → {s.out}/")
 
     make_folder(s.out)
-    make_folder(s.cache)
     run = Run(s.out / "reclip.pt", s, data, model)  # first of all: is it this run's folder?
     torch.manual_seed(s.seed)
     if not run.finished:

@@ -129,10 +129,10 @@ def find_weights(name, cache):
             raise OSError(f"no home folder for {cache}/{file}: set HOME") from None
     if name == TINY:
         return TINY_PATH
-    if not Path(name).exists():
+    if not (path := Path(name).expanduser()).exists():
         raise ValueError(f"{str(name)!r} is neither a file, a folder nor a model; models: "
                          + ", ".join([*MODELS, TINY]))
-    return Path(name)
+    return path
 
 
 def download(url, path, sha256):

@@ -36,9 +36,7 @@ ROW = "{:42}{:10.3f} s{:8.3f} s{:8.2f}"  # what, plain, ours, ratio
 
 def alternate(functions, args, repeats=5):
     """[(median seconds, last result)] of functions that are called in turn, `repeats` times.
-
-    Each is called once before, for what a process does only the first time.
-    """
+    Each is called once before, for what a process does only the first time."""
     repeats = 1 if args.quick else min(repeats, args.repeats)
     finish = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
     seconds, results = [[] for _ in functions], [None] * len(functions)
@@ -92,10 +90,8 @@ def text(model, device, args):
 
 def steps(name, first, loss_of, args):
     """Time training steps, each way on a copy of the module `first`; the first losses must agree.
-
     loss_of: a function, way and module → loss. plain: as it is written down; fresh and cached:
-    ours, with what the frozen network says computed in every step, or kept in float16.
-    """
+    ours, with what the frozen network says computed in every step, or kept in float16."""
     modules = {way: copy.deepcopy(first) for way in WAYS}
     optimizers = {way: torch.optim.SGD(
         [value for value in module.parameters() if value.requires_grad], 0.01, 0.9,

@@ -115,9 +115,7 @@ def random_clip(seed=0, **changes):
 
 def plain_text_features(model, prefix, suffix):
     """Text features of C prompts with nothing shared: all positions of each through all blocks.
-
-    prefix: P×width, embeddings; suffix: C×S, token ids; filled up with token 0. Returns C×D.
-    """
+    prefix: P×width, embeddings; suffix: C×S, token ids; filled up with token 0. Returns C×D."""
     rest = torch.zeros(len(suffix), model.context_length - len(prefix) - suffix.shape[1])
     ids = torch.cat([suffix, rest.to(suffix)], 1)
     x = torch.cat([prefix.expand(len(ids), -1, -1), model.token_embedding(ids)], 1)

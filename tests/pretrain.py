@@ -29,9 +29,7 @@ WEB = dict(side=48, radius=(7, 18), grain=(0.85, 1.2), objects=3, colour_habit=0
 
 def web_captions(seeds, classes, colours, backgrounds):
     """One caption per image: mostly the objects, now and then a colour or the background.
-
-    seeds: B ints; classes, colours: int64 B×objects (-1 = no object); backgrounds: int64 B.
-    """
+    seeds: B ints; classes, colours: int64 B×objects (-1 = no object); backgrounds: int64 B."""
     names, hues, captions = list(SHAPES), list(COLOURS), []
     for seed, present, paints, behind in zip(seeds, classes, colours, backgrounds):
         generator = torch.Generator().manual_seed(draw_seed(seed, "caption"))
@@ -50,9 +48,7 @@ def web_captions(seeds, classes, colours, backgrounds):
 
 def encode_half(visual, images, generator):
     """visual(images), B×3×H×W → B×D, from a random half of the patches (FLIP, Li et al., 2023).
-
-    Twice as fast, and it keeps a small encoder from reading the whole picture off a few patches.
-    """
+    Twice as fast, and it keeps a small encoder from reading the whole picture off a few patches."""
     x = visual.conv1(images).flatten(2).mT + visual.positional_embedding[1:]
     b, n, width = x.shape
     kept = torch.rand(b, n, generator=generator).argsort(1)[:, : n // 2, None]

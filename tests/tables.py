@@ -30,10 +30,8 @@ from papers import BLOCKS, DISTILLED, RECTIFIED, STAGES, SWEEPS, TABLES  # noqa:
 
 def all_runs(dataset, preset="release"):
     """What there is to run, and the tables, with other last blocks and Fig. 3 filled in.
-
     Returns {run: (teacher or None, flags)}, teachers before students, and a list of
-    dict(title, data_sets, reference, rows), each row a dict(label, run, measure, papers).
-    """
+    dict(title, data_sets, reference, rows), each row a dict(label, run, measure, papers)."""
     own, sweeps = reclip.recipe(dataset, preset), SWEEPS.get(dataset, SWEEPS["others"])
     runs = {run: (None, flags) for run, flags in RECTIFIED.items()}
     students, tables = dict(DISTILLED), list(TABLES)
@@ -91,10 +89,8 @@ def measured(folder, teacher, flags):
 
 def make_runs(runs, tables, args):
     """Train and evaluate whatever the tables need and is not there yet.
-
     A run's folder keeps the command that made it: after another one its script decides whether to
-    go on or to refuse.
-    """
+    go on or to refuse."""
     needed, todo, total = {run: set() for run in runs}, [], len(args.seeds) * len(runs)
     for row in itertools.chain(*(table["rows"] for table in tables)):
         needed.setdefault(row["run"], set()).add(row["measure"])
@@ -125,9 +121,7 @@ def make_runs(runs, tables, args):
 
 def direction(differences, gaps, smallest=0.5):
     """Whether a row is on the same side of its table's reference row as in the paper, as in NOTE.
-
-    differences: ours, one a seed; gaps: theirs, one a data set, of which the mean counts.
-    """
+    differences: ours, one a seed; gaps: theirs, one a data set, of which the mean counts."""
     if not gaps or len(differences) < 2:
         return None
     mean, gap = statistics.mean(differences), statistics.mean(gaps)

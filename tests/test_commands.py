@@ -90,10 +90,8 @@ def test_in_a_thread_without_arguments(small_demo, tmp_path, monkeypatch):
 
 def live(words, name, calls, *numbers):
     """A process's life: a command that gets signals in a call of one of its functions.
-
     words: the script's name, its arguments; name: the function's; calls: in which call. Every look
-    at the clock is hours later, so that whatever is saved now and then is saved at once.
-    """
+    at the clock is hours later, so that whatever is saved now and then is saved at once."""
     script, seconds, left = sys.modules[words[0]], itertools.count(0, 10_000), iter(range(calls))
     data.Shapes, time.monotonic = SmallShapes, lambda: next(seconds)
     function = getattr(script, name)

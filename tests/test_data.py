@@ -91,6 +91,7 @@ def test_names_and_ids_of_the_benchmarks():
     ("Idx\tName\n1\twall", '"Idx.Name"'), ("64 128 64 cat\n192 0 128 dog", '"64 128 64 cat"'),
     ("names:\n  1: cat\n  5: dog", '"1: cat"'), ("__ignore__\ncat", '"__ignore__"'),
     ("person, man\nMan", '"man" is repeated'), ("cat\nperson, , man", '""'),
+    ('["caf\\u00e9", "C# book"]', ["café", "C# book"]), (r"cat\ndog", "is no name"),
     ("cat,\ndog\x1b[2J", "is no name"), (",".join(map(str, range(256))), "256 classes")])
 def test_class_files(tmp_path, content, classes):
     (tmp_path / "names.txt").write_text(content, "utf-8")
@@ -149,6 +150,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     for mode, value in (("F", 0.5), ("I", -1), ("I", 1 << 20)):
         Image.new(mode, (W, H), value).save(path)
         refuses("x.tif: .*convert it", data.read_image, path)
+    Image.new("I", (W, H), 200).save(path)
+    assert (data.read_image(path) == 200).all()
     picture(tmp_path / "x.jpg")
     path.write_bytes((tmp_path / "x.jpg").read_bytes()[:-300])
     os.mkfifo(tmp_path / "pipe.jpg")

@@ -176,13 +176,18 @@ def test_mean_of_windows_and_mirrors(trained_demo):
 def test_masks_of_several_names_are_those_of_the_best(tiny_clip):
     names = ["ladybug, beetle", "star", "heart, cross"]
     s = Namespace(**reclip.recipe("shapes", method="maskclip"), method="maskclip", preset="release")
-    segment = Segmenter(evaluate.plain_maskclip(tiny_clip, names, s), pamr=(1, (1,)))
+    rectifier = reclip.Rectifier(tiny_clip, names, reclip.query_features(tiny_clip, names), "none")
+    segment = Segmenter(reclip.RectifiedCLIP(tiny_clip, rectifier, None, names, s), pamr=(1, (1,)))
     image = data.open_dataset("shapes", split="val").image(3)[None]
     Z, _ = segment.network.inputs(segment.network.encode(image))
     each = torch.einsum("bdhw,cd->bchw", Z, segment.network.rectifier.Wq)
     best = F.interpolate(each, (96, 96), mode="bilinear").argmax(1)
     expected = torch.tensor([0, 0, 1, 2, 2])[best]
     assert len(best.unique()) == 5 and torch.equal(segment(image, image)["maskclip"], expected)
+    labels, sure = segment(image, image, "maskclip", True)  # of classes: names do not compete
+    each = F.interpolate(each, (96, 96), mode="bilinear") / 0.01
+    each = torch.stack([each[:, :2].amax(1), each[:, 2], each[:, 3:].amax(1)], 1)
+    assert torch.equal(labels, expected) and (sure - each.softmax(1).amax(1)).abs().max() < 1e-4
     segment.presence = (1e-6, tiny_clip, segment.network.rectifier.Wq, 1 / 2)  # hardly any
     assert (segment(image, image)["maskclip"] == expected).float().mean() > 0.99
 
@@ -264,6 +269,7 @@ def test_figures_and_probe_of_several_checkpoints(demo_copy, capsys):
     (other / "distill.pt").unlink()
     checkpoint = reclip.load_checkpoint(other / "reclip.pt")
     checkpoint["state"]["decoder.norm.bias"] += torch.arange(10.0)
+    checkpoint["settings"]["cache"] = "gone"
     torch.save(checkpoint, other / "reclip.pt")
     run(evaluate.main, "--checkpoint", "run/reclip.pt", other, "--figures", "--out", "out",
         "--linear-probe")
@@ -277,6 +283,11 @@ def test_figures_and_probe_of_several_checkpoints(demo_copy, capsys):
     assert "trained with ground truth" in capsys.readouterr().out
     assert {path.stem for path in Path("out").glob("*.png")} == {
         "comparison", "heatmaps", "heatmaps-other", "confusion", "distance"}
+    run(evaluate.main, "--checkpoint", other, "--hypotheses")  # which lie beside it
+    assert not Path("gone").exists()
+    run(reclip.main, "--method", "maskclip", "--out", "plain")
+    found = run(evaluate.main, "--checkpoint", "plain", "run/reclip.pt")
+    assert found.keys() == {"plain maskclip", "run maskclip", "run rectified"}
     run(evaluate.main, "--checkpoint", "run", "--figures")  # of both in the folder
     assert {"maskclip", "rectified", "distilled"} <= results("run").keys()
     Path("run/reclip.pt").unlink()
@@ -284,12 +295,14 @@ def test_figures_and_probe_of_several_checkpoints(demo_copy, capsys):
     assert "no heatmaps.png" in capsys.readouterr().out
 
 
-def test_a_student_asks_its_teachers_clip(demo_copy, clip_file, mistake):
+def test_a_student_asks_its_teachers_clip(demo_copy, clip_file, mistake, monkeypatch):
     command = (evaluate.main, "--checkpoint", "run/distill.pt", "--presence", 3)
     found = run(*command)["distilled"]
     assert found["presence"] == 3 and found["crop_ratio"] == 0.5 and not found["standard"]
     assert found["iou"] != run(*command[:3])["distilled"]["iou"]
-    assert "another CLIP" in mistake(*command, "--clip", clip_file)
+    monkeypatch.setenv("HOME", str(Path(clip_file).parent))
+    assert "another CLIP" in mistake(*command, "--clip", f"~/{Path(clip_file).name}")
+    assert "--pd" in mistake(*command, "--pd", 0.5)
     assert "--clip" in mistake(*command, "--clip", "gone.pt")
     student = Segmenter("run/distill.pt")
     assert student.temperature("distilled") == 0.1
@@ -306,7 +319,8 @@ def test_a_student_asks_its_teachers_clip(demo_copy, clip_file, mistake):
     ("--presence 0", "--presence"), ("--preset paper --heads 2", "--heads and --preset"),
     ("--surgery value", "--surgery"), ("--images a.png --figures", "--figures"),
     ("--checkpoint b c --images a.png", "one --checkpoint"), ("--method maskclip", "--images"),
-    ("--images gone.png", "gone.png"), ("--labels run", "--labels")])
+    ("--images gone.png", "gone.png"), ("--labels run", "--labels"),
+    ("--images a.png --labels b", "--labels and --images")])
 def test_mistakes(trained_demo, mistake, words, named):
     said = mistake(evaluate.main, "--checkpoint", trained_demo, *words.split())
     assert named.split()[0] in said and named.split()[-1] in said

@@ -104,7 +104,7 @@ class Progress:
 
 @functools.cache
 def say_once(line):
-    """Print a line, of several processes only by the first, and not again in the same command."""
+    """Print a line, of several processes only by the first, and only once in a main()."""
     if os.environ.get("RANK", "0") == "0":
         print(printable(line), flush=True)
 

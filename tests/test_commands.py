@@ -28,6 +28,7 @@ from conftest import (REAL, REPOSITORY, SmallShapes, json_lines, learned, pictur
 
 TRAIN = (reclip.main, "--out", "run", "--epochs", 3)  # the commands of conftest's trained_demo
 TEACH = (distill.main, "--teacher", "run/reclip.pt", "--epochs", 2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
 
 # ---- Whole runs --------------------------------------------------------------------------------
 

@@ -753,7 +753,7 @@ def photometric_distortion(images, colours):
 def normalise(images, mean, std, sizes=None):
     """uint8 B×3×H×W, values 0–255 -> float32 B×3×H×W, (value / 255 - mean) / std. sizes: None, or
     B×2 on the same device: outside the top left h×w all becomes 0. Nothing waits for a GPU."""
-    out = images.to(torch.float32, copy=True)
+    out = images.float()
     for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: no copies to the device
         out[:, channel].div_(255).sub_(m).div_(s)
     if sizes is not None:

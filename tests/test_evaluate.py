@@ -276,7 +276,7 @@ def test_figures_and_probe_of_several_checkpoints(demo_copy, capsys):
     found = results("out")
     assert found["run maskclip"]["iou"] == found["other maskclip"]["iou"]
     assert found["run rectified"]["iou"] != found["other rectified"]["iou"]
-    probes = [name for name, result in found.items() if "trained_with_ground_truth" in result]
+    probes = [name for name, result in found.items() if result.get("trained_with_ground_truth")]
     assert len(probes) == 4 and all("linear_probe" in name for name in probes)
     assert min(found[name]["miou"] for name in probes) > 20  # ten classes: chance is some 5
     assert not any(found[name]["scored_on_its_training_images"] for name in probes)

@@ -608,6 +608,17 @@ def interpolation(n, padded, view, size, device):
     return F.interpolate(weights, size, mode="linear")[0].T
 
 
+@functools.lru_cache(64)
+def interpolation_blocks(*side):
+    """Of every block of a side of `interpolation` the cells it needs, their weights, its ends."""
+    def block(w):
+        used = w.amax(0).nonzero()
+        cells = slice(int(used[0]), int(used[-1]) + 1)
+        w = w[:, cells]
+        return cells, w, torch.cat((w[:1], torch.eye(w.shape[1]).to(w)[1:-1], w[-1:]))
+    return [*map(block, interpolation(*side).split(104 if side[-1].type == "cpu" else 1024))]
+
+
 def label_map(logits, padded, view, size):
     """Class of every pixel: logits upsampled (bilinear) to the network's input, then to the label.
     logits: B×C×h×w, covering `padded` (height, width) pixels, of which the top left `view` are the
@@ -616,22 +627,12 @@ def label_map(logits, padded, view, size):
     and is not upsampled. Raises UserError for logits that are not finite."""
     if not logits.isfinite().all():
         raise UserError("the logits are not all finite; are the weights damaged?")
-    block = 104 if logits.device.type == "cpu" else 1024
-
-    def blocks(*side):
-        """Of every block of a side the cells that it needs, their weights, and its ends."""
-        for weights in interpolation(*side, logits.device).split(block):
-            used = weights.amax(0).nonzero()
-            cells = slice(int(used[0]), int(used[-1]) + 1)
-            weights = weights[:, cells]
-            inside = torch.eye(weights.shape[1], device=weights.device)[1:-1]
-            yield cells, weights, torch.cat((weights[:1], inside, weights[-1:]))
-
-    down, across = (list(blocks(*side)) for side in zip(logits.shape[2:], padded, view, size))
+    down, across = (interpolation_blocks(*side, logits.device)
+                    for side in zip(logits.shape[2:], padded, view, size))
     labels = torch.empty(len(logits), *size, dtype=torch.int64, device=logits.device)
     for one, label in zip(logits, labels):
-        for (a, rows, top), strip in zip(down, label.split(block)):
-            for (b, columns, left), part in zip(across, strip.split(block, 1)):
+        for (a, rows, top), strip in zip(down, label.split(len(down[0][1]))):
+            for (b, columns, left), part in zip(across, strip.split(len(across[0][1]), 1)):
                 cells = one[:, a, b]
                 ends = (top @ cells @ left.T).flatten(1)
                 safe = ends[ends.amin(1).argmax()]  # the class whose least is greatest

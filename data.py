@@ -203,8 +203,8 @@ def evenly(count, limit):
     return [i * count // min(count, limit) for i in range(min(count, limit))]
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Class names and colours
+# ---- 2. Class names and colours ------------------------------------------------------------------
+
 # In the order of the labels and in the wording of the authors of ReCLIP: CLIP sees these words, so
 # they are part of the method.
 

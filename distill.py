@@ -34,9 +34,7 @@ from reclip import (PAPER, ROWS, Decoder, PositionLogits, Run, best_name, classi
                     open_rectified, parallel, passed_on, pick_device, plain, prompt_denoising,
                     resized_positions, to_device, use_amp, views_on)
 
-# ------------------------------------------------------------------------------------------------
-# III-E  The student's network: DeepLabV2 (Chen et al., 2018) = dilated ResNet + summed ASPP
-
+# ---- III-E  The student's network: DeepLabV2 (Chen et al., 2018), a dilated ResNet and ASPP ------
 
 class ResNet(nn.Sequential):
     """ResNet (He et al., 2016) with dilated last stages: output stride 8 instead of 32.
@@ -507,6 +505,11 @@ def checkpoint_in(path, *names):
     return found[0]
 
 
+def hypotheses_in(*folders):
+    """The first of the folders that holds hypotheses, else the last."""
+    return next((one for one in folders if any(one.glob("hypotheses-*.npy"))), folders[-1])
+
+
 def find_teacher(path, device="cpu", source=None):
     """RectifiedCLIP of a finished checkpoint of reclip.py, and the checkpoint's path.
 
@@ -617,9 +620,8 @@ def main(argv=None):
     if not run.finished:
         hypothesis = None
         if "text" in s.losses and s.hypothesis != "none":
-            folders = [folder for folder in (path.parent, Path(teacher.settings.cache))
-                       if any(folder.glob("hypotheses-*.npy"))] or [s.cache]
-            hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, s, folders[0],
+            folder = hypotheses_in(path.parent, Path(teacher.settings.cache), s.cache)
+            hypothesis = make_hypotheses(data, teacher.model, teacher.rectifier.Wq, s, folder,
                                          device)
         train(s, data, teacher, student, hypothesis, run, device)
     barrier()  # the checkpoint is there

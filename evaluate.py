@@ -31,7 +31,7 @@ from data import (CLASSES, PHOTOS, VOID, Parser, Progress, UserError, called, cl
                   open_dataset, overlay, parse_classes, picture_sheet, positive, printable, rank,
                   read_ahead, read_image, resize_to_scale, save_picture, say_once, share,
                   user_path, world, write_text)
-from distill import checkpoint_in, load_student
+from distill import checkpoint_in, hypotheses_in, load_student
 from reclip import (METHODS, SURGERIES, RectifiedCLIP, Rectifier, authors_state, best_name,
                     classify, clip_features, clip_fingerprint, cut_crops, from_authors, label_map,
                     load_checkpoint, load_clip, make_hypotheses, open_rectified, pick_device,
@@ -177,8 +177,8 @@ class Segmenter:
         self.names = ["distilled"] if self.student else (
             plain + ["rectified"] * (s.method != "maskclip"))
         # MaskCLIP's logits are of names, of which the best decides last of all, as in NACLIP.
-        self.counts = name_counts(self.classes)
-        self.class_of = torch.repeat_interleave(torch.tensor(self.counts)).to(device)
+        counts = torch.tensor(name_counts(self.classes))
+        self.class_of = torch.repeat_interleave(counts).to(device)
 
     @torch.no_grad()
     def stages(self, views):
@@ -249,7 +249,7 @@ class Segmenter:
                 labels = self.class_of[labels] if name == "maskclip" else labels
             else:
                 refine = None if name == plain else lambda part: pamr(guide, part, *self.pamr)
-                names = self.counts if plain == "maskclip" else None
+                names = name_counts(self.classes) if plain == "maskclip" else None
                 labels, probability = most_likely(outputs[plain], padded, view, size,
                                                   self.temperature(plain), refine, at, names)
             maps[name] = labels
@@ -329,15 +329,12 @@ def evaluate(segment, data, scale, device, workers=0, bins=0):
         return resize_to_scale(image, scale), image, label.to(torch.uint8), place.to(torch.uint8)
 
     C, totals, progress = len(data.classes), {}, Progress("evaluate", len(data))
-    items = read_ahead(read, range(rank(), len(data), world()), workers)
-    for shapes, alike in itertools.groupby(items, lambda item: [part.shape for part in item]):
-        most = max(1, 2**18 // max(map(math.prod, shapes)))  # small neighbours go together
-        while some := [*itertools.islice(alike, most)]:
-            view, image, label, place = (to_device(torch.stack(x), device) for x in zip(*some))
-            for name, prediction in segment(view, image).items():
-                matrix = confusion_matrix(prediction, label, C, *(place, bins + 1) * bool(bins))
-                totals[name] = totals[name] + matrix if name in totals else matrix
-            progress.advance(len(some) * world())
+    for item in read_ahead(read, range(rank(), len(data), world()), workers):
+        view, image, label, place = (to_device(part[None], device) for part in item)
+        for name, prediction in segment(view, image).items():
+            matrix = confusion_matrix(prediction, label, C, *(place, bins + 1) * bool(bins))
+            totals[name] = totals[name] + matrix if name in totals else matrix
+        progress.advance(world())
     progress.close()
     parts = gather({name: total.cpu() for name, total in totals.items()})
     return {name: sum(part[name] for part in parts if part) for name in parts[0]}
@@ -925,8 +922,8 @@ def main(argv=None):
               "from the centre, relative to half the diagonal)")
     if args.hypotheses:
         images, clip = open_split(args, first, s.train_split), first.network
-        folder = first.folder if any(first.folder.glob("hypotheses-*.npy")) else Path(s.cache)
-        hypothesis = make_hypotheses(images, clip.model, clip.rectifier.Wq, s, folder, device)
+        hypothesis = make_hypotheses(images, clip.model, clip.rectifier.Wq, s,
+                                     hypotheses_in(first.folder, Path(s.cache)), device)
         print("hypotheses of {} training images: precision {:.1f} %, recall {:.1f} %".format(
             len(images), *hypothesis_quality(hypothesis, images)))
     if args.figures and rank() == 0:
